@@ -1,0 +1,1 @@
+"""The native kernels. One module per kernel; see the .pyi beside each for its interface."""
