@@ -135,7 +135,7 @@ def train_rows(data: Transactions, when: Weeks) -> Rows:
 def test_rows(data: Transactions, when: Weeks) -> Rows:
     """Row numbers of the test week without the customers known to be compromised on each day, ascending.
 
-    Known on test day d: who had a fraud in the training week, or from the delay week's first day to d - 7 days - 1.
+    Known on a test day: who had a fraud in the training week, or in the week after it, 8 days ago or more.
     """
     day, customer, fraud = data.day, data.customer, data.fraud == 1
     trained = (day >= when.train) & (day < when.train + 7)
