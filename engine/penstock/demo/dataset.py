@@ -65,7 +65,8 @@ def _write(path: Path, data: Transactions) -> None:
         return
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **{field: np.asarray(getattr(data, field)) for field in data._fields})
+            columns: dict[str, Any] = {field: np.asarray(getattr(data, field)) for field in data._fields}
+            np.savez(file, allow_pickle=False, **columns)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)

@@ -130,7 +130,7 @@ def generate(
     second = second[order]
     customer = np.repeat(np.arange(customers, dtype=np.int32), counts)[order]
     terminal = np.array(chosen, dtype=np.int32)[order]
-    amount: Floats = np.round(np.array(amounts, dtype=np.float64), 2)[order]
+    amount: Floats = np.array(amounts, dtype=np.float64)[order].round(2)
     fraud = np.zeros(len(second), dtype=np.int8)
     scenario = np.zeros(len(second), dtype=np.int8)
     added = []
