@@ -98,7 +98,7 @@ def features(data: Transactions, progress: Progress | None = None) -> dict[str, 
     at = table["at"].dt
     out: dict[str, Floats] = {
         "amount": data.amount,
-        "weekend": (at.weekday >= 5).to_numpy(dtype=np.float64),
+        "weekend": (at.day_of_week >= 5).to_numpy(dtype=np.float64),
         "night": (at.hour <= 6).to_numpy(dtype=np.float64),
     }
     for key, compute in (("customer", customer_windows), ("terminal", terminal_windows)):
