@@ -1,0 +1,1980 @@
+/* window_state.c (hot path): the window state kernel; window_state.h says what it is and defines the words.
+ *
+ * Order of this file: heap, hash table, strings, layout, ring, evicting, applying, reading, sweeping, life of a store.
+ * What must stay true: apply does everything that can fail before it changes anything that a read can see; every
+ * reference inside the mapping is an offset (ref: in units of 16 bytes).
+ */
+#include "window_state.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "exact_sum.h"
+
+#define LIKELY(x) __builtin_expect(!!(x), 1)
+#define UNLIKELY(x) __builtin_expect(!!(x), 0)
+
+enum { UNIT = 16, FORMAT = 1, N_CLASSES = 136, FIRST_BUCKETS = 256, MAX_SEGMENTS = 24, CHUNK_BYTES = 4096 };
+enum { KEY_INLINE = 24, SWEEP_EVENTS = 4096 };
+#define MAGIC 0x31535749544e4550ULL /* "PENTIWS1" */
+#define NO_TIME INT64_MIN           /* before every time and every left edge */
+#define AT_END INT64_MAX            /* next_time of a tail behind the newest event */
+#define STRING_ELSEWHERE 0xffffffffu /* a string of a request event that no stored event has */
+
+typedef uint32_t ref_t;
+
+/* ---- what lies in the mapping ---------------------------------------------------------------------------------- */
+
+typedef struct { /* every hashed object starts so */
+    ref_t next;
+    uint32_t hash;
+} node_t;
+
+typedef struct { /* linear hashing: grows by one bucket at a time */
+    ref_t segment[MAX_SEGMENTS];
+    uint64_t buckets, low; /* low: largest power of two <= buckets */
+    uint64_t count;
+} table_t;
+
+typedef struct {
+    uint64_t magic, fingerprint;
+    uint32_t format, blob_bytes;
+    uint64_t bump, free_units; /* units */
+    int64_t watermark;
+    uint64_t applied, events, sweep_bucket;
+    ref_t empty; /* the blob that unknown entities are read from */
+    ref_t free_list[N_CLASSES];
+    table_t entities, strings;
+} map_t;
+
+typedef struct {
+    node_t node;
+    uint32_t references, length;
+    char bytes[];
+} string_t;
+
+typedef struct {
+    ref_t next, prev;
+    uint16_t count, capacity;
+    uint16_t head;   /* bytes before the first record */
+    uint8_t sealed;  /* the summary behind this header is valid; the last chunk never is */
+    uint8_t class;   /* size class */
+} chunk_t;
+
+typedef struct { /* a winner of min, max (bits: ordered key), first or last (bits: the value) */
+    uint64_t bits;
+    int64_t time;
+} winner_t;
+
+typedef struct {
+    ref_t chunk;
+    uint32_t index;
+    int64_t next_time; /* of the event under the cursor */
+} tail_t;
+
+typedef struct {
+    node_t node;
+    uint64_t version;
+    int64_t newest;   /* largest event time; NO_TIME: none */
+    int64_t cursor;   /* the T that the tails stand at */
+    ref_t first, last;
+    uint32_t events;
+    uint16_t format;
+    uint8_t key_is_int, pad;
+    uint64_t fingerprint;
+    uint64_t engine_field;
+    int64_t log_id, sequence;
+    uint32_t key_len;
+    ref_t key_ref;
+    union {
+        char key[KEY_INLINE];
+        int64_t key_i;
+    };
+} blob_t;
+
+typedef struct { /* distinct values of one cell: open addressing */
+    ref_t ref;
+    uint32_t used, capacity, pad;
+} values_t;
+
+typedef struct { /* free when ring and forgotten are both 0 */
+    uint64_t key;
+    uint32_t ring;      /* events in the ring with this value */
+    uint32_t forgotten; /* 1: an event with it has left the ring (kept only for Lifetime) */
+    uint32_t inside[];  /* events per distinct tail */
+} value_t;
+
+/* ---- what the process keeps: the layout, compiled -------------------------------------------------------------- */
+
+typedef struct {
+    int column, type, where;
+    int slot;                         /* word of the value in a record */
+    uint64_t where_mask, null_mask;   /* 0: always, never */
+    uint8_t is_float, is_string, is_sum, is_squares, is_distinct, is_last, keeps_last, distinct_lifetime;
+    uint32_t off_n;                   /* uint64 total, then uint32 evicted per tail */
+    uint32_t off_sum, off_squares, off_last, off_old_last, off_values;
+    int n_sums, n_squares;            /* accumulators, the total included */
+    int n_inside, value_bytes;        /* distinct tails, bytes per value_t */
+    int min_summary, max_summary;     /* index among a chunk's summaries, or -1 */
+    int first_pair, n_pairs;          /* into cell_pairs */
+} cell_t;
+
+typedef struct {
+    int cell, tail; /* tail -1: Lifetime */
+    uint32_t off_n; /* uint32 evicted; 0 for Lifetime */
+    uint8_t is_sum, is_squares, is_distinct, is_first;
+    int j_sum, j_squares, j_inside;
+    uint32_t off_min, off_max, off_first, off_distinct;
+    uint32_t off_old_min, off_old_max; /* Lifetime: over what has left the ring */
+} pair_t;
+
+typedef struct {
+    uint8_t function;
+    uint8_t type;
+    uint32_t out;
+    int64_t ttl;
+} result_t;
+
+typedef struct { /* one (pair, right edge) of a group and the results made from it */
+    int pair, right; /* right: 0 for t <= T, 1 for t < T */
+    uint32_t first_result, n_results;
+} step_t;
+
+typedef struct {
+    uint64_t n;
+    uint64_t sum[PS_MAX_LIMBS], squares[PS_MAX_LIMBS];
+} after_t; /* what of one cell lies after the right edge */
+
+struct ps_store {
+    char *base;
+    map_t *map;
+    uint64_t reserved, committed;
+
+    uint32_t n_columns, n_where, n_groups, n_cells, n_tails, n_pairs;
+    uint8_t *columns;
+    int where_word, null_word, first_value, stride; /* of a record, in words; 0: absent */
+    uint64_t *null_bit;                             /* per column; 0: null is in the value */
+    int64_t lateness, longest, release_after;       /* longest: largest distance of a left edge from T */
+    uint8_t releasable, event_work, has_strings;
+    uint64_t fingerprint;
+    int64_t *edge; /* per tail: left edge = T - edge */
+    int64_t least_edge;
+    uint32_t blob_units, off_tails;
+    int n_summaries;
+    uint32_t first_chunk_units, full_chunk_units;
+    char *blob_image;
+
+    cell_t *cells;
+    pair_t *pairs;
+    int *cell_pairs;                /* pairs ordered by cell */
+    int *tail_pairs, *tail_start;   /* pairs ordered by tail; tail k: tail_start[k]..tail_start[k + 1] */
+    step_t *steps;
+    uint32_t *group_start;          /* steps */
+    result_t *results;
+
+    uint64_t *record, *extra;       /* scratch */
+    after_t *after[2];
+};
+
+#define AT(S, type, ref) ((type *)((S)->base + (uint64_t)(ref) * UNIT))
+#define IN(B, type, off) ((type *)((char *)(B) + (off)))
+
+/* ---- heap: one mapping, size classes, free lists --------------------------------------------------------------- */
+
+static inline int size_class(uint32_t units, uint32_t *size) {
+    if (units <= 32) {
+        *size = units;
+        return (int)units - 1;
+    }
+    uint32_t u = units - 1;
+    int k = 31 - __builtin_clz(u), sub = (int)(u >> (k - 2)) & 3;
+    *size = (uint32_t)(5 + sub) << (k - 2);
+    return 32 + (k - 5) * 4 + sub;
+}
+
+static inline uint32_t class_size(int c) {
+    return c < 32 ? (uint32_t)c + 1 : (uint32_t)(5 + ((c - 32) & 3)) << ((c - 32) / 4 + 3);
+}
+
+static int commit_to(ps_store *S, uint64_t bytes) {
+    if (bytes <= S->committed) return 1;
+    if (bytes > S->reserved) return 0;
+    uint64_t step = S->committed >> 3;
+    if (step < (1u << 20)) step = 1u << 20;
+    if (step > (64u << 20)) step = 64u << 20;
+    uint64_t to = (bytes + step + 0xffff) & ~(uint64_t)0xffff;
+    if (to > S->reserved) to = S->reserved;
+    if (mprotect(S->base + S->committed, to - S->committed, PROT_READ | PROT_WRITE)) return 0;
+    S->committed = to;
+    return 1;
+}
+
+/* Fresh memory, all zeros. */
+static ref_t heap_bump(ps_store *S, uint32_t units) {
+    uint64_t at = S->map->bump;
+    if (UNLIKELY(!commit_to(S, (at + units) * UNIT))) return 0;
+    S->map->bump = at + units;
+    return (ref_t)at;
+}
+
+static ref_t heap_alloc(ps_store *S, uint32_t units) {
+    uint32_t size;
+    int c = size_class(units, &size);
+    ref_t ref = S->map->free_list[c];
+    if (ref) {
+        S->map->free_list[c] = *AT(S, ref_t, ref);
+        S->map->free_units -= size;
+        return ref;
+    }
+    return heap_bump(S, size);
+}
+
+static void heap_free_class(ps_store *S, ref_t ref, int c) {
+    *AT(S, ref_t, ref) = S->map->free_list[c];
+    S->map->free_list[c] = ref;
+    S->map->free_units += class_size(c);
+}
+
+static void heap_free(ps_store *S, ref_t ref, uint32_t units) {
+    uint32_t size;
+    heap_free_class(S, ref, size_class(units, &size));
+}
+
+static inline uint32_t units_of(uint64_t bytes) { return (uint32_t)((bytes + UNIT - 1) / UNIT); }
+
+/* ---- hash table: linear hashing, so that growth never stops the caller ----------------------------------------- */
+
+static inline node_t *bucket_at(const ps_store *S, const table_t *t, uint64_t b) {
+    if (b < FIRST_BUCKETS) return AT(S, node_t, t->segment[0]) + b;
+    int k = 63 - __builtin_clzll(b); /* buckets 2^k .. 2^(k+1)-1 */
+    return AT(S, node_t, t->segment[k - 7]) + (b - ((uint64_t)1 << k));
+}
+
+static inline node_t *bucket_of(const ps_store *S, const table_t *t, uint32_t hash) {
+    uint64_t b = hash & (2 * t->low - 1);
+    if (b >= t->buckets) b = hash & (t->low - 1);
+    return bucket_at(S, t, b);
+}
+
+static int table_init(ps_store *S, table_t *t) {
+    memset(t, 0, sizeof *t);
+    t->segment[0] = heap_bump(S, FIRST_BUCKETS * sizeof(node_t) / UNIT);
+    t->buckets = t->low = FIRST_BUCKETS;
+    return t->segment[0] != 0;
+}
+
+/* One more bucket; without memory the chains just get longer. */
+static void table_split(ps_store *S, table_t *t) {
+    uint64_t fresh = t->buckets;
+    if (fresh == t->low) {
+        int k = 63 - __builtin_clzll(fresh);
+        if (k - 7 >= MAX_SEGMENTS) return;
+        if (!t->segment[k - 7]) {
+            ref_t ref = heap_bump(S, (uint32_t)(fresh * sizeof(node_t) / UNIT));
+            if (!ref) return;
+            t->segment[k - 7] = ref;
+        }
+    }
+    node_t *from = bucket_at(S, t, fresh - t->low), *to = bucket_at(S, t, fresh);
+    ref_t ref = from->next, stay = 0, go = 0;
+    while (ref) {
+        node_t *n = AT(S, node_t, ref);
+        ref_t next = n->next;
+        if ((n->hash & (2 * t->low - 1)) == fresh) {
+            n->next = go;
+            go = ref;
+        } else {
+            n->next = stay;
+            stay = ref;
+        }
+        ref = next;
+    }
+    from->next = stay;
+    from->hash = stay ? AT(S, node_t, stay)->hash : 0;
+    to->next = go;
+    to->hash = go ? AT(S, node_t, go)->hash : 0;
+    t->buckets++;
+    if (t->buckets == 2 * t->low) t->low = t->buckets;
+}
+
+static void table_insert(ps_store *S, table_t *t, ref_t ref, uint32_t hash) {
+    node_t *b = bucket_of(S, t, hash), *n = AT(S, node_t, ref);
+    n->next = b->next;
+    n->hash = hash;
+    b->next = ref;
+    b->hash = hash;
+    t->count++;
+    for (int i = 0; i < 2 && t->buckets < 2 * t->count; i++) table_split(S, t);
+}
+
+static void table_remove(ps_store *S, table_t *t, ref_t ref) {
+    node_t *n = AT(S, node_t, ref), *b = bucket_of(S, t, n->hash);
+    ref_t *link = &b->next;
+    while (*link != ref) link = &AT(S, node_t, *link)->next;
+    *link = n->next;
+    b->hash = b->next ? AT(S, node_t, b->next)->hash : 0;
+    t->count--;
+}
+
+static inline uint64_t mix(uint64_t a, uint64_t b) {
+    ps_u128 p = (ps_u128)a * b;
+    return (uint64_t)p ^ (uint64_t)(p >> 64);
+}
+
+static inline uint64_t load8(const char *p) { uint64_t v; memcpy(&v, p, 8); return v; }
+static inline uint64_t load4(const char *p) { uint32_t v; memcpy(&v, p, 4); return v; }
+
+#define K0 0x9e3779b97f4a7c15ULL
+#define K1 0xd6e8feb86659fd93ULL
+#define K2 0xa0761d6478bd642fULL
+
+static inline uint64_t hash_bytes(const char *p, uint32_t len) {
+    uint64_t h = K0 ^ len, a, b;
+    uint32_t left = len;
+    while (left > 16) {
+        h = mix(load8(p) ^ K1, load8(p + 8) ^ h);
+        p += 16;
+        left -= 16;
+    }
+    if (left >= 8) {
+        a = load8(p);
+        b = load8(p + left - 8);
+    } else if (left >= 4) {
+        a = load4(p);
+        b = load4(p + left - 4);
+    } else if (left) {
+        a = (uint64_t)(uint8_t)p[0] << 16 | (uint64_t)(uint8_t)p[left >> 1] << 8 | (uint8_t)p[left - 1];
+        b = 0;
+    } else {
+        a = b = 0;
+    }
+    return mix(mix(a ^ K1, b ^ h) ^ K2, K0 ^ len);
+}
+
+static inline uint64_t hash_word(uint64_t v) { return mix(v ^ K1, K2); }
+
+static uint64_t key_hash(const ps_key *key) {
+    return key->is_int ? mix(hash_word((uint64_t)key->i) ^ K0, K1) : hash_bytes(key->str, key->len);
+}
+
+/* ---- strings: interned, counted -------------------------------------------------------------------------------- */
+
+static ref_t string_find(const ps_store *S, const char *p, uint32_t len, uint32_t hash) {
+    for (ref_t ref = bucket_of(S, &S->map->strings, hash)->next; ref;) {
+        const string_t *s = AT(S, string_t, ref);
+        if (s->node.hash == hash && s->length == len && !memcmp(s->bytes, p, len)) return ref;
+        ref = s->node.next;
+    }
+    return 0;
+}
+
+static ref_t string_hold(ps_store *S, const char *p, uint32_t len) {
+    uint32_t hash = (uint32_t)hash_bytes(p, len);
+    ref_t ref = string_find(S, p, len, hash);
+    if (!ref) {
+        ref = heap_alloc(S, units_of(sizeof(string_t) + len));
+        if (!ref) return 0;
+        string_t *s = AT(S, string_t, ref);
+        s->references = 0;
+        s->length = len;
+        memcpy(s->bytes, p, len);
+        table_insert(S, &S->map->strings, ref, hash);
+    }
+    AT(S, string_t, ref)->references++;
+    return ref;
+}
+
+static void string_drop(ps_store *S, ref_t ref) {
+    string_t *s = AT(S, string_t, ref);
+    if (--s->references) return;
+    table_remove(S, &S->map->strings, ref);
+    heap_free(S, ref, units_of(sizeof(string_t) + s->length));
+}
+
+/* A winner that outlives its event holds its string. */
+static inline void winner_set(ps_store *S, winner_t *w, uint64_t bits, int64_t time, int is_string) {
+    if (is_string) {
+        AT(S, string_t, (ref_t)bits)->references++;
+        if (w->time != NO_TIME) string_drop(S, (ref_t)w->bits);
+    }
+    w->bits = bits;
+    w->time = time;
+}
+
+/* ---- records --------------------------------------------------------------------------------------------------- */
+
+static inline uint64_t *record_at(const ps_store *S, chunk_t *c, uint32_t i) {
+    return (uint64_t *)((char *)c + c->head) + (uint64_t)i * (uint32_t)S->stride;
+}
+
+static inline int64_t record_time(const ps_store *S, chunk_t *c, uint32_t i) { return (int64_t)*record_at(S, c, i); }
+
+/* True if the event counts in this cell: its predicate is TRUE and its value is not null. */
+static inline int matches(const ps_store *S, const cell_t *cell, const uint64_t *rec) {
+    if (cell->where_mask && !(rec[S->where_word] & cell->where_mask)) return 0;
+    if (cell->column < 0) return 1;
+    if (cell->is_float) {
+        double x = ps_bits_double(rec[cell->slot]);
+        return x == x;
+    }
+    if (cell->is_string) return rec[cell->slot] != 0;
+    return !(rec[S->null_word] & cell->null_mask);
+}
+
+static inline ps_term term_of(const cell_t *cell, uint64_t bits) {
+    return cell->is_float ? ps_term_of_double(bits) : ps_term_of_int((int64_t)bits);
+}
+
+/* Order-preserving: greater key, greater value; -0.0 before 0.0. Its own inverse on doubles. */
+static inline int64_t ordered(const cell_t *cell, uint64_t bits) {
+    return cell->is_float ? (int64_t)(bits ^ ((uint64_t)((int64_t)bits >> 63) >> 1)) : (int64_t)bits;
+}
+
+static inline uint64_t value_key(const cell_t *cell, uint64_t bits) {
+    return cell->is_float && bits == 0x8000000000000000ULL ? 0 : bits;
+}
+
+/* min is the max of the complement. */
+static inline void improve(winner_t *w, int64_t key, int64_t time) {
+    int64_t held = (int64_t)w->bits;
+    if (key > held || (key == held && time > w->time)) {
+        w->bits = (uint64_t)key;
+        w->time = time;
+    }
+}
+
+/* Fills rec; strings are interned (intern) or only looked up. */
+static int make_record(ps_store *S, const ps_event *e, uint64_t *rec, int intern) {
+    if (e->event_time < PS_TIME_MIN || e->event_time > PS_TIME_MAX) return PS_STORE_TIME;
+    rec[0] = (uint64_t)e->event_time;
+    if (S->where_word) rec[S->where_word] = e->where_mask;
+    uint64_t nulls = 0, *value = rec + S->first_value;
+    for (uint32_t c = 0; c < S->n_columns; c++) {
+        int present = (e->status[c] & 0x7f) == PS_PRESENT;
+        uint64_t bits = e->values[c].u;
+        if (S->columns[c] == PS_FLOAT64) {
+            if (!present) bits = 0x7ff8000000000000ULL;
+            if ((bits & 0x7ff0000000000000ULL) == 0x7ff0000000000000ULL) {
+                if (!(bits & 0xfffffffffffffULL)) return PS_STORE_INFINITY;
+                bits = 0x7ff8000000000000ULL;
+            }
+        } else if (S->columns[c] == PS_STRING) {
+            bits = 0; /* interned below, once nothing else can be refused */
+        } else if (!present) {
+            nulls |= S->null_bit[c];
+            bits = 0;
+        }
+        value[c] = bits;
+    }
+    if (S->null_word) rec[S->null_word] = nulls;
+    if (S->has_strings)
+        for (uint32_t c = 0; c < S->n_columns; c++) {
+            if (S->columns[c] != PS_STRING || (e->status[c] & 0x7f) != PS_PRESENT) continue;
+            const char *p = e->arena + PS_STR_OFFSET(e->values[c].u);
+            uint32_t len = PS_STR_LENGTH(e->values[c].u);
+            if (intern) {
+                value[c] = string_hold(S, p, len);
+                if (!value[c]) {
+                    for (uint32_t d = 0; d < c; d++)
+                        if (S->columns[d] == PS_STRING && value[d]) string_drop(S, (ref_t)value[d]);
+                    return PS_STORE_MEMORY;
+                }
+            } else {
+                ref_t ref = string_find(S, p, len, (uint32_t)hash_bytes(p, len));
+                value[c] = ref ? ref : STRING_ELSEWHERE;
+            }
+        }
+    return PS_STORE_OK;
+}
+
+static void drop_record_strings(ps_store *S, const uint64_t *rec) {
+    for (uint32_t c = 0; c < S->n_columns; c++)
+        if (S->columns[c] == PS_STRING && rec[S->first_value + c]) string_drop(S, (ref_t)rec[S->first_value + c]);
+}
+
+/* ---- lanes: exact sums ----------------------------------------------------------------------------------------- */
+
+static inline uint64_t *lane_data(const ps_store *S, ps_lane *lane) {
+    return lane->ref ? AT(S, uint64_t, lane->ref) : (uint64_t *)(lane + 1);
+}
+
+static inline void lane_add(const ps_store *S, ps_lane *lane, int j, ps_term t, int subtract) {
+    if (!lane->limbs) return; /* the term is zero */
+    ps_limbs_add(lane_data(S, lane) + j * lane->limbs, lane->limbs, lane->base, t, subtract);
+}
+
+/* Makes room for the term (or, with `wide`, for 2^40 terms). 0 without memory; sums keep their values either way. */
+static int lane_make_room(ps_store *S, ps_lane *lane, int accumulators, int square, ps_term t, int wide) {
+    int base, narrow = lane->ref == 0, is_narrow;
+    if (t.magnitude == 0 && !(wide && lane->limbs)) return 1;
+    if (t.magnitude == 0 || (wide && ps_lane_fits(lane->base, lane->limbs, 0, t)))
+        t = (ps_term){1, lane->base, 0};
+    int limbs = ps_lane_form(lane, narrow, square, t, &base, &is_narrow);
+    if (is_narrow) {
+        lane->base = (int16_t)base;
+        lane->limbs = (uint16_t)limbs;
+        return !wide || lane_make_room(S, lane, accumulators, square, t, 1);
+    }
+    ref_t ref = heap_alloc(S, units_of((uint64_t)accumulators * limbs * 8));
+    if (!ref) return 0;
+    uint64_t *to = AT(S, uint64_t, ref), *from = lane_data(S, lane);
+    for (int j = 0; j < accumulators; j++)
+        ps_limbs_widen(to + j * limbs, limbs, from + j * lane->limbs, lane->limbs, lane->base - base);
+    if (lane->ref) heap_free(S, lane->ref, units_of((uint64_t)accumulators * lane->limbs * 8));
+    lane->ref = ref;
+    lane->base = (int16_t)base;
+    lane->limbs = (uint16_t)limbs;
+    return 1;
+}
+
+static inline int lane_prepare(ps_store *S, ps_lane *lane, int accumulators, int square, ps_term t, int many) {
+    int narrow = lane->ref == 0;
+    if (LIKELY(ps_lane_fits(lane->base, lane->limbs, narrow, t) && !(many && narrow))) return 1;
+    return lane_make_room(S, lane, accumulators, square, t, many && narrow);
+}
+
+/* ---- distinct values ------------------------------------------------------------------------------------------- */
+
+static inline value_t *value_at(const ps_store *S, const cell_t *cell, const values_t *v, uint32_t i) {
+    return (value_t *)(AT(S, char, v->ref) + (uint64_t)i * (uint32_t)cell->value_bytes);
+}
+
+static inline int value_free(const value_t *v) { return !(v->ring | v->forgotten); }
+
+static value_t *value_find(const ps_store *S, const cell_t *cell, const values_t *v, uint64_t key) {
+    if (!v->capacity) return NULL;
+    for (uint32_t i = (uint32_t)hash_word(key) & (v->capacity - 1);; i = (i + 1) & (v->capacity - 1)) {
+        value_t *e = value_at(S, cell, v, i);
+        if (value_free(e)) return NULL;
+        if (e->key == key) return e;
+    }
+}
+
+/* Room for one more value. */
+static int values_prepare(ps_store *S, const cell_t *cell, values_t *v) {
+    if ((v->used + 1) * (uint64_t)4 <= v->capacity * (uint64_t)3) return 1;
+    uint32_t capacity = v->capacity ? v->capacity * 2 : 4;
+    ref_t ref = heap_alloc(S, units_of((uint64_t)capacity * cell->value_bytes));
+    if (!ref) return 0;
+    memset(AT(S, char, ref), 0, (uint64_t)capacity * cell->value_bytes);
+    values_t grown = {ref, v->used, capacity, 0};
+    for (uint32_t i = 0; i < v->capacity; i++) {
+        value_t *e = value_at(S, cell, v, i);
+        if (value_free(e)) continue;
+        uint32_t k = (uint32_t)hash_word(e->key) & (capacity - 1);
+        while (!value_free(value_at(S, cell, &grown, k))) k = (k + 1) & (capacity - 1);
+        memcpy(value_at(S, cell, &grown, k), e, cell->value_bytes);
+    }
+    if (v->ref) heap_free(S, v->ref, units_of((uint64_t)v->capacity * cell->value_bytes));
+    *v = grown;
+    return 1;
+}
+
+static value_t *value_add(ps_store *S, const cell_t *cell, values_t *v, uint64_t key) {
+    uint32_t i = (uint32_t)hash_word(key) & (v->capacity - 1);
+    for (;; i = (i + 1) & (v->capacity - 1)) {
+        value_t *e = value_at(S, cell, v, i);
+        if (value_free(e)) {
+            memset(e, 0, cell->value_bytes);
+            e->key = key;
+            v->used++;
+            if (cell->is_string) AT(S, string_t, (ref_t)key)->references++;
+            return e;
+        }
+        if (e->key == key) return e;
+    }
+}
+
+/* e has just become free: closes the gap in its probe sequence. */
+static void value_remove(ps_store *S, const cell_t *cell, values_t *v, value_t *e) {
+    uint32_t mask = v->capacity - 1;
+    uint32_t gap = (uint32_t)(((char *)e - AT(S, char, v->ref)) / cell->value_bytes);
+    if (cell->is_string) string_drop(S, (ref_t)e->key);
+    v->used--;
+    for (uint32_t i = (gap + 1) & mask;; i = (i + 1) & mask) {
+        value_t *f = value_at(S, cell, v, i);
+        if (value_free(f)) break;
+        uint32_t home = (uint32_t)hash_word(f->key) & mask;
+        if (((i - home) & mask) < ((i - gap) & mask)) continue; /* f's home lies behind the gap */
+        memcpy(value_at(S, cell, v, gap), f, cell->value_bytes);
+        f->ring = f->forgotten = 0;
+        gap = i;
+    }
+}
+
+/* ---- tails: what leaves and re-enters on the left -------------------------------------------------------------- */
+
+static inline tail_t *tails_of(const ps_store *S, blob_t *B) { return IN(B, tail_t, S->off_tails); }
+
+static inline void evict(ps_store *S, blob_t *B, int k, const uint64_t *rec) {
+    for (int p = S->tail_start[k]; p < S->tail_start[k + 1]; p++) {
+        const pair_t *pair = &S->pairs[S->tail_pairs[p]];
+        const cell_t *cell = &S->cells[pair->cell];
+        if (!matches(S, cell, rec)) continue;
+        ++*IN(B, uint32_t, pair->off_n);
+        if (pair->is_sum || pair->is_squares) {
+            ps_term t = term_of(cell, rec[cell->slot]);
+            if (pair->is_sum) lane_add(S, IN(B, ps_lane, cell->off_sum), pair->j_sum, t, 0);
+            if (pair->is_squares)
+                lane_add(S, IN(B, ps_lane, cell->off_squares), pair->j_squares, ps_term_squared(t), 0);
+        }
+        if (pair->is_distinct) {
+            value_t *v = value_find(S, cell, IN(B, values_t, cell->off_values), value_key(cell, rec[cell->slot]));
+            if (!--v->inside[pair->j_inside]) --*IN(B, uint32_t, pair->off_distinct);
+        }
+    }
+}
+
+static void unevict(ps_store *S, blob_t *B, int k, const uint64_t *rec) {
+    for (int p = S->tail_start[k]; p < S->tail_start[k + 1]; p++) {
+        const pair_t *pair = &S->pairs[S->tail_pairs[p]];
+        const cell_t *cell = &S->cells[pair->cell];
+        if (!matches(S, cell, rec)) continue;
+        uint64_t bits = cell->column < 0 ? 0 : rec[cell->slot];
+        --*IN(B, uint32_t, pair->off_n);
+        if (pair->is_sum || pair->is_squares) {
+            ps_term t = term_of(cell, bits);
+            if (pair->is_sum) lane_add(S, IN(B, ps_lane, cell->off_sum), pair->j_sum, t, 1);
+            if (pair->is_squares)
+                lane_add(S, IN(B, ps_lane, cell->off_squares), pair->j_squares, ps_term_squared(t), 1);
+        }
+        if (pair->off_min) improve(IN(B, winner_t, pair->off_min), ~ordered(cell, bits), (int64_t)rec[0]);
+        if (pair->off_max) improve(IN(B, winner_t, pair->off_max), ordered(cell, bits), (int64_t)rec[0]);
+        if (pair->off_first) *IN(B, winner_t, pair->off_first) = (winner_t){bits, (int64_t)rec[0]};
+        if (pair->is_distinct) {
+            value_t *v = value_find(S, cell, IN(B, values_t, cell->off_values), value_key(cell, bits));
+            if (!v->inside[pair->j_inside]++) ++*IN(B, uint32_t, pair->off_distinct);
+        }
+    }
+}
+
+static void seek_forward(ps_store *S, blob_t *B, int k, int64_t left) {
+    tail_t *tail = tails_of(S, B) + k;
+    chunk_t *c = AT(S, chunk_t, tail->chunk);
+    uint32_t i = tail->index;
+    tail->next_time = AT_END;
+    for (;;) {
+        if (i == c->count) {
+            if (!c->next) break;
+            tail->chunk = c->next;
+            c = AT(S, chunk_t, c->next);
+            i = 0;
+            continue;
+        }
+        const uint64_t *rec = record_at(S, c, i);
+        if ((int64_t)rec[0] >= left) {
+            tail->next_time = (int64_t)rec[0];
+            break;
+        }
+        evict(S, B, k, rec);
+        i++;
+    }
+    tail->index = i;
+}
+
+static void seek_backward(ps_store *S, blob_t *B, int k, int64_t left) {
+    tail_t *tail = tails_of(S, B) + k;
+    if (!tail->chunk) return;
+    chunk_t *c = AT(S, chunk_t, tail->chunk);
+    uint32_t i = tail->index;
+    for (;;) {
+        if (i == 0) {
+            if (!c->prev) break;
+            tail->chunk = c->prev;
+            c = AT(S, chunk_t, c->prev);
+            i = c->count;
+            continue;
+        }
+        const uint64_t *rec = record_at(S, c, i - 1);
+        if ((int64_t)rec[0] < left) break;
+        unevict(S, B, k, rec);
+        tail->next_time = (int64_t)rec[0];
+        i--;
+    }
+    tail->index = i;
+}
+
+static inline void seek(ps_store *S, blob_t *B, int64_t T) {
+    if (T == B->cursor) return;
+    tail_t *tail = tails_of(S, B);
+    if (LIKELY(T > B->cursor)) {
+        for (uint32_t k = 0; k < S->n_tails; k++)
+            if (tail[k].next_time < T - S->edge[k]) seek_forward(S, B, (int)k, T - S->edge[k]);
+    } else {
+        for (uint32_t k = 0; k < S->n_tails; k++) seek_backward(S, B, (int)k, T - S->edge[k]);
+    }
+    B->cursor = T;
+}
+
+/* ---- ring: chunks in event-time order -------------------------------------------------------------------------- */
+
+static inline winner_t *summary_of(chunk_t *c) { return (winner_t *)(c + 1); }
+
+static ref_t chunk_new(ps_store *S, uint32_t units) {
+    uint32_t size;
+    int class = size_class(units, &size);
+    ref_t ref = heap_alloc(S, size);
+    if (!ref) return 0;
+    chunk_t *c = AT(S, chunk_t, ref);
+    uint32_t head = sizeof(chunk_t), record = (uint32_t)S->stride * 8;
+    if (units >= S->full_chunk_units) head += (uint32_t)S->n_summaries * sizeof(winner_t);
+    *c = (chunk_t){0, 0, 0, (uint16_t)((size * UNIT - head) / record), (uint16_t)head, 0, (uint8_t)class};
+    return ref;
+}
+
+static void chunk_free(ps_store *S, ref_t ref) { heap_free_class(S, ref, AT(S, chunk_t, ref)->class); }
+
+static void summarize(const ps_store *S, chunk_t *c, const uint64_t *rec) {
+    winner_t *w = summary_of(c);
+    for (uint32_t i = 0; i < S->n_cells; i++) {
+        const cell_t *cell = &S->cells[i];
+        if ((cell->min_summary < 0 && cell->max_summary < 0) || !matches(S, cell, rec)) continue;
+        int64_t key = ordered(cell, rec[cell->slot]);
+        if (cell->min_summary >= 0) improve(&w[cell->min_summary], ~key, (int64_t)rec[0]);
+        if (cell->max_summary >= 0) improve(&w[cell->max_summary], key, (int64_t)rec[0]);
+    }
+}
+
+static void seal(const ps_store *S, chunk_t *c) {
+    if (!S->n_summaries) return;
+    for (int i = 0; i < S->n_summaries; i++) summary_of(c)[i] = (winner_t){(uint64_t)INT64_MIN, NO_TIME};
+    for (uint32_t i = 0; i < c->count; i++) summarize(S, c, record_at(S, c, i));
+    c->sealed = 1;
+}
+
+/* The event leaves the ring: every tail has passed it and no admissible read looks that far back. */
+static void forget(ps_store *S, blob_t *B, const uint64_t *rec) {
+    for (uint32_t i = 0; i < S->n_cells; i++) {
+        const cell_t *cell = &S->cells[i];
+        if (!(cell->is_distinct | cell->keeps_last) || !matches(S, cell, rec)) continue;
+        uint64_t bits = rec[cell->slot];
+        if (cell->keeps_last) {
+            winner_t *w = IN(B, winner_t, cell->off_old_last);
+            if ((int64_t)rec[0] >= w->time) winner_set(S, w, bits, (int64_t)rec[0], cell->is_string);
+        }
+        if (cell->is_distinct) {
+            values_t *v = IN(B, values_t, cell->off_values);
+            value_t *e = value_find(S, cell, v, value_key(cell, bits));
+            e->ring--;
+            e->forgotten |= cell->distinct_lifetime;
+            if (value_free(e)) value_remove(S, cell, v, e);
+        }
+    }
+    for (uint32_t p = 0; p < S->n_pairs; p++) {
+        const pair_t *pair = &S->pairs[p];
+        if (!(pair->off_old_min | pair->off_old_max)) continue;
+        const cell_t *cell = &S->cells[pair->cell];
+        if (!matches(S, cell, rec)) continue;
+        int64_t key = ordered(cell, rec[cell->slot]);
+        if (pair->off_old_min) improve(IN(B, winner_t, pair->off_old_min), ~key, (int64_t)rec[0]);
+        if (pair->off_old_max) improve(IN(B, winner_t, pair->off_old_max), key, (int64_t)rec[0]);
+    }
+    if (S->has_strings) drop_record_strings(S, rec);
+}
+
+static void forget_front(ps_store *S, blob_t *B, chunk_t *c, uint32_t n) {
+    if (S->event_work)
+        for (uint32_t i = 0; i < n; i++) forget(S, B, record_at(S, c, i));
+    B->events -= n;
+    S->map->events -= n;
+}
+
+/* Frees the first chunk; every tail has passed it. */
+static void drop_first_chunk(ps_store *S, blob_t *B) {
+    ref_t ref = B->first;
+    chunk_t *c = AT(S, chunk_t, ref);
+    forget_front(S, B, c, c->count);
+    tail_t *tail = tails_of(S, B);
+    for (uint32_t k = 0; k < S->n_tails; k++)
+        if (tail[k].chunk == ref) {
+            tail[k].chunk = c->next;
+            tail[k].index = 0;
+        }
+    B->first = c->next;
+    if (c->next) AT(S, chunk_t, c->next)->prev = 0;
+    else B->last = 0;
+    chunk_free(S, ref);
+}
+
+/* Drops what no admissible read can reach any more: whole chunks, or the front of an only chunk. */
+static void drop_old(ps_store *S, blob_t *B, int64_t watermark) {
+    if (!B->first || watermark < PS_TIME_MIN) return;
+    int64_t oldest_T = watermark - S->lateness, reach = oldest_T - S->longest;
+    chunk_t *c = AT(S, chunk_t, B->first);
+    if (!c->count || record_time(S, c, 0) >= reach) return;
+    if (B->cursor < oldest_T) seek(S, B, oldest_T);
+    while (c->next && record_time(S, c, c->count - 1) < reach) {
+        drop_first_chunk(S, B);
+        c = AT(S, chunk_t, B->first);
+    }
+    if (c->next) return;
+    uint32_t n = 0;
+    while (n < c->count && record_time(S, c, n) < reach) n++;
+    if (2 * n < c->count) return;
+    forget_front(S, B, c, n);
+    memmove(record_at(S, c, 0), record_at(S, c, n), (uint64_t)(c->count - n) * (uint32_t)S->stride * 8);
+    c->count = (uint16_t)(c->count - n);
+    tail_t *tail = tails_of(S, B);
+    for (uint32_t k = 0; k < S->n_tails; k++) tail[k].index -= n;
+}
+
+/* Replaces the only chunk by one of twice the size. */
+static int chunk_grow(ps_store *S, blob_t *B) {
+    ref_t old = B->first;
+    uint32_t units = class_size(AT(S, chunk_t, old)->class) * 2 - 1; /* 5, 9, 17, ... */
+    if (units > S->full_chunk_units) units = S->full_chunk_units;
+    ref_t ref = chunk_new(S, units);
+    if (!ref) return 0;
+    chunk_t *c = AT(S, chunk_t, ref), *from = AT(S, chunk_t, old);
+    c->count = from->count;
+    memcpy(record_at(S, c, 0), record_at(S, from, 0), (uint64_t)from->count * (uint32_t)S->stride * 8);
+    tail_t *tail = tails_of(S, B);
+    for (uint32_t k = 0; k < S->n_tails; k++) tail[k].chunk = ref;
+    B->first = B->last = ref;
+    chunk_free(S, old);
+    return 1;
+}
+
+static inline int chunk_is_small(const ps_store *S, const chunk_t *c) {
+    return class_size(c->class) < S->full_chunk_units;
+}
+
+/* Finds the place of a new event at time t: after every event with time <= t. Makes room there. 0 without memory. */
+static int place(ps_store *S, blob_t *B, int64_t t, ref_t *chunk, uint32_t *index) {
+    if (UNLIKELY(!B->first)) {
+        ref_t ref = chunk_new(S, S->first_chunk_units);
+        if (!ref) return 0;
+        B->first = B->last = ref;
+        tail_t *tail = tails_of(S, B);
+        for (uint32_t k = 0; k < S->n_tails; k++) tail[k] = (tail_t){ref, 0, AT_END};
+    }
+    chunk_t *c = AT(S, chunk_t, B->last);
+    if (UNLIKELY(c->count == c->capacity)) {
+        drop_old(S, B, S->map->watermark);
+        c = AT(S, chunk_t, B->last);
+        if (c->count == c->capacity && B->first == B->last && chunk_is_small(S, c)) {
+            if (!chunk_grow(S, B)) return 0;
+            c = AT(S, chunk_t, B->last);
+        }
+    }
+    if (LIKELY(t >= B->newest || c->count == 0)) {
+        if (UNLIKELY(c->count == c->capacity)) {
+            ref_t ref = chunk_new(S, S->full_chunk_units);
+            if (!ref) return 0;
+            seal(S, c);
+            c->next = ref;
+            AT(S, chunk_t, ref)->prev = B->last;
+            B->last = ref;
+            c = AT(S, chunk_t, ref);
+        }
+        *chunk = B->last;
+        *index = c->count;
+        return 1;
+    }
+    ref_t ref = B->last;
+    while (c->prev && record_time(S, c, 0) > t) {
+        ref = c->prev;
+        c = AT(S, chunk_t, ref);
+    }
+    if (c->count == c->capacity) { /* split */
+        ref_t fresh = chunk_new(S, S->full_chunk_units);
+        if (!fresh) return 0;
+        chunk_t *d = AT(S, chunk_t, fresh);
+        uint32_t half = c->count / 2u;
+        d->count = (uint16_t)(c->count - half);
+        memcpy(record_at(S, d, 0), record_at(S, c, half), (uint64_t)d->count * (uint32_t)S->stride * 8);
+        c->count = (uint16_t)half;
+        d->next = c->next;
+        d->prev = ref;
+        if (c->next) {
+            AT(S, chunk_t, c->next)->prev = fresh;
+            seal(S, d);
+        } else {
+            B->last = fresh;
+        }
+        c->next = fresh;
+        seal(S, c);
+        tail_t *tail = tails_of(S, B);
+        for (uint32_t k = 0; k < S->n_tails; k++)
+            if (tail[k].chunk == ref && tail[k].index >= half) {
+                tail[k].chunk = fresh;
+                tail[k].index -= half;
+            }
+        if (record_time(S, d, 0) <= t) {
+            ref = fresh;
+            c = d;
+        }
+    }
+    uint32_t lo = 0, hi = c->count;
+    while (lo < hi) {
+        uint32_t mid = (lo + hi) / 2;
+        if (record_time(S, c, mid) <= t) lo = mid + 1;
+        else hi = mid;
+    }
+    *chunk = ref;
+    *index = lo;
+    return 1;
+}
+
+/* Writes the record at its place and keeps every tail at the first event inside its window. */
+static void insert(ps_store *S, blob_t *B, ref_t chunk, uint32_t index, const uint64_t *rec) {
+    chunk_t *c = AT(S, chunk_t, chunk);
+    uint64_t *at = record_at(S, c, index);
+    int64_t t = (int64_t)rec[0];
+    tail_t *tail = tails_of(S, B);
+    uint32_t before = c->count;
+    if (index < before) memmove(at + S->stride, at, (uint64_t)(before - index) * (uint32_t)S->stride * 8);
+    memcpy(at, rec, (uint64_t)(uint32_t)S->stride * 8);
+    c->count++;
+    if (UNLIKELY(c->sealed)) summarize(S, c, rec);
+    for (uint32_t k = 0; k < S->n_tails; k++) {
+        if (t >= B->cursor - S->edge[k]) {
+            /* all before the cursor is older than the window: a time earlier than the next event's is the new next */
+            if (t < tail[k].next_time) tail[k] = (tail_t){chunk, index, t};
+        } else if (tail[k].next_time == AT_END) {
+            tail[k].chunk = B->last;
+            tail[k].index = AT(S, chunk_t, B->last)->count;
+        } else if (tail[k].chunk == chunk && tail[k].index >= index) {
+            tail[k].index++;
+        }
+    }
+}
+
+/* ---- apply ----------------------------------------------------------------------------------------------------- */
+
+static int store_apply(ps_store *S, ps_handle h, const ps_event *e) {
+    if (UNLIKELY(!h)) return PS_STORE_HANDLE;
+    blob_t *B = (blob_t *)(S->base + h);
+    uint64_t *rec = S->record;
+    if (UNLIKELY(B->version >> 40)) return PS_STORE_FULL;
+    int error = make_record(S, e, rec, 1);
+    if (UNLIKELY(error)) return error;
+    int many = B->version + 1 >= (1u << PS_NARROW_HEADROOM);
+    ref_t chunk;
+    uint32_t index;
+    for (uint32_t i = 0; i < S->n_cells; i++) {
+        const cell_t *cell = &S->cells[i];
+        if (!(cell->is_sum | cell->is_squares | cell->is_distinct) || !matches(S, cell, rec)) continue;
+        ps_term t = term_of(cell, rec[cell->slot]);
+        if (cell->is_sum && UNLIKELY(!lane_prepare(S, IN(B, ps_lane, cell->off_sum), cell->n_sums, 0, t, many)))
+            goto no_memory;
+        ps_lane *squares = IN(B, ps_lane, cell->off_squares);
+        if (cell->is_squares && UNLIKELY(!lane_prepare(S, squares, cell->n_squares, 1, ps_term_squared(t), many)))
+            goto no_memory;
+        if (cell->is_distinct && UNLIKELY(!values_prepare(S, cell, IN(B, values_t, cell->off_values)))) goto no_memory;
+    }
+    int64_t t = e->event_time;
+    if (UNLIKELY(!place(S, B, t, &chunk, &index))) goto no_memory;
+
+    /* from here on nothing fails */
+    insert(S, B, chunk, index, rec);
+    int all_inside = t >= B->cursor - S->least_edge;
+    for (uint32_t i = 0; i < S->n_cells; i++) {
+        const cell_t *cell = &S->cells[i];
+        if (!matches(S, cell, rec)) continue;
+        uint64_t bits = cell->column < 0 ? 0 : rec[cell->slot];
+        uint64_t had = (*IN(B, uint64_t, cell->off_n))++;
+        if (cell->is_sum | cell->is_squares) {
+            ps_term x = term_of(cell, bits);
+            if (cell->is_sum) lane_add(S, IN(B, ps_lane, cell->off_sum), 0, x, 0);
+            if (cell->is_squares) lane_add(S, IN(B, ps_lane, cell->off_squares), 0, ps_term_squared(x), 0);
+        }
+        if (cell->is_last) {
+            winner_t *w = IN(B, winner_t, cell->off_last);
+            if (t >= w->time) winner_set(S, w, bits, t, cell->is_string);
+        }
+        value_t *value = NULL;
+        if (cell->is_distinct) {
+            value = value_add(S, cell, IN(B, values_t, cell->off_values), value_key(cell, bits));
+            value->ring++;
+        }
+        for (int p = cell->first_pair; p < cell->first_pair + cell->n_pairs; p++) {
+            const pair_t *pair = &S->pairs[S->cell_pairs[p]];
+            if (!all_inside && pair->tail >= 0 && t < B->cursor - S->edge[pair->tail]) {
+                ps_term x = term_of(cell, bits);
+                ++*IN(B, uint32_t, pair->off_n);
+                if (pair->is_sum) lane_add(S, IN(B, ps_lane, cell->off_sum), pair->j_sum, x, 0);
+                if (pair->is_squares)
+                    lane_add(S, IN(B, ps_lane, cell->off_squares), pair->j_squares, ps_term_squared(x), 0);
+                continue;
+            }
+            if (pair->off_max) improve(IN(B, winner_t, pair->off_max), ordered(cell, bits), t);
+            if (pair->off_min) improve(IN(B, winner_t, pair->off_min), ~ordered(cell, bits), t);
+            if (pair->is_first) {
+                winner_t *w = IN(B, winner_t, pair->off_first);
+                if (pair->tail < 0) {
+                    if (w->time == NO_TIME || t < w->time) winner_set(S, w, bits, t, cell->is_string);
+                } else if ((uint32_t)had == *IN(B, uint32_t, pair->off_n) || t < w->time) {
+                    *w = (winner_t){bits, t};
+                }
+            }
+            if (pair->is_distinct) {
+                if (pair->tail < 0) {
+                    if (value->ring == 1 && !value->forgotten) ++*IN(B, uint32_t, pair->off_distinct);
+                } else if (!value->inside[pair->j_inside]++) {
+                    ++*IN(B, uint32_t, pair->off_distinct);
+                }
+            }
+        }
+    }
+    B->version++;
+    B->events++;
+    B->log_id = e->log_id;
+    B->sequence = e->sequence;
+    if (t > B->newest) B->newest = t;
+    S->map->applied++;
+    S->map->events++;
+    if (t > S->map->watermark) S->map->watermark = t;
+    return PS_STORE_OK;
+
+no_memory:
+    if (S->has_strings) drop_record_strings(S, rec);
+    return PS_STORE_MEMORY;
+}
+
+/* ---- read ------------------------------------------------------------------------------------------------------ */
+
+/* The winner over the matching events from a place on, up to time right. */
+static winner_t scan_winner(const ps_store *S, const cell_t *cell, int is_min, ref_t chunk, uint32_t index,
+                            int64_t right) {
+    winner_t best = {(uint64_t)INT64_MIN, NO_TIME};
+    int summary = is_min ? cell->min_summary : cell->max_summary;
+    while (chunk) {
+        chunk_t *c = AT(S, chunk_t, chunk);
+        if (index == 0 && c->sealed && c->count && record_time(S, c, c->count - 1) <= right) {
+            winner_t *w = &summary_of(c)[summary];
+            if (w->time != NO_TIME) improve(&best, (int64_t)w->bits, w->time);
+        } else {
+            for (; index < c->count; index++) {
+                const uint64_t *rec = record_at(S, c, index);
+                if ((int64_t)rec[0] > right) return best;
+                if (!matches(S, cell, rec)) continue;
+                int64_t key = ordered(cell, rec[cell->slot]);
+                improve(&best, is_min ? ~key : key, (int64_t)rec[0]);
+            }
+        }
+        chunk = c->next;
+        index = 0;
+    }
+    return best;
+}
+
+static winner_t extreme(ps_store *S, blob_t *B, const pair_t *pair, int is_min, int64_t left, int64_t right) {
+    const cell_t *cell = &S->cells[pair->cell];
+    winner_t *w = IN(B, winner_t, is_min ? pair->off_min : pair->off_max);
+    tail_t *tail = tails_of(S, B) + (pair->tail < 0 ? 0 : pair->tail);
+    if (UNLIKELY(w->time < left)) /* it has left the window; only finite windows come here */
+        *w = scan_winner(S, cell, is_min, tail->chunk, tail->index, INT64_MAX);
+    if (LIKELY(w->time <= right)) return *w;
+    if (pair->tail >= 0) return scan_winner(S, cell, is_min, tail->chunk, tail->index, right);
+    winner_t best = scan_winner(S, cell, is_min, B->first, 0, right);
+    const winner_t *old = IN(B, winner_t, is_min ? pair->off_old_min : pair->off_old_max);
+    if (old->time != NO_TIME) improve(&best, (int64_t)old->bits, old->time);
+    return best;
+}
+
+/* There is a matching event in the window. */
+static winner_t first_in(ps_store *S, blob_t *B, const pair_t *pair, int64_t left) {
+    winner_t *w = IN(B, winner_t, pair->off_first);
+    if (LIKELY(w->time >= left)) return *w;
+    const cell_t *cell = &S->cells[pair->cell];
+    const tail_t *tail = tails_of(S, B) + pair->tail;
+    uint32_t i = tail->index;
+    for (ref_t ref = tail->chunk; ref; i = 0) {
+        chunk_t *c = AT(S, chunk_t, ref);
+        for (; i < c->count; i++) {
+            const uint64_t *rec = record_at(S, c, i);
+            if (!matches(S, cell, rec)) continue;
+            *w = (winner_t){rec[cell->slot], (int64_t)rec[0]};
+            return *w;
+        }
+        ref = c->next;
+    }
+    return *w;
+}
+
+static winner_t last_in(ps_store *S, blob_t *B, const cell_t *cell, int64_t right) {
+    winner_t *w = IN(B, winner_t, cell->off_last);
+    if (LIKELY(w->time <= right)) return *w;
+    for (ref_t ref = B->last; ref;) {
+        chunk_t *c = AT(S, chunk_t, ref);
+        for (uint32_t i = c->count; i-- > 0;) {
+            const uint64_t *rec = record_at(S, c, i);
+            if ((int64_t)rec[0] <= right && matches(S, cell, rec)) return (winner_t){rec[cell->slot], (int64_t)rec[0]};
+        }
+        ref = c->prev;
+    }
+    return cell->keeps_last ? *IN(B, winner_t, cell->off_old_last) : (winner_t){0, NO_TIME};
+}
+
+/* Adds up, per cell, what lies after the right edge. */
+static void gather_after(ps_store *S, blob_t *B, int64_t right, after_t *after) {
+    for (uint32_t i = 0; i < S->n_cells; i++) {
+        const cell_t *cell = &S->cells[i];
+        after[i].n = 0;
+        if (cell->is_sum) memset(after[i].sum, 0, 8u * IN(B, ps_lane, cell->off_sum)->limbs);
+        if (cell->is_squares) memset(after[i].squares, 0, 8u * IN(B, ps_lane, cell->off_squares)->limbs);
+    }
+    for (ref_t ref = B->last; ref;) {
+        chunk_t *c = AT(S, chunk_t, ref);
+        for (uint32_t r = c->count; r-- > 0;) {
+            const uint64_t *rec = record_at(S, c, r);
+            if ((int64_t)rec[0] <= right) return;
+            for (uint32_t i = 0; i < S->n_cells; i++) {
+                const cell_t *cell = &S->cells[i];
+                if (!matches(S, cell, rec)) continue;
+                after[i].n++;
+                if (!(cell->is_sum | cell->is_squares)) continue;
+                ps_term t = term_of(cell, rec[cell->slot]);
+                ps_lane *lane = IN(B, ps_lane, cell->off_sum);
+                if (cell->is_sum && lane->limbs) ps_limbs_add(after[i].sum, lane->limbs, lane->base, t, 0);
+                lane = IN(B, ps_lane, cell->off_squares);
+                if (cell->is_squares && lane->limbs)
+                    ps_limbs_add(after[i].squares, lane->limbs, lane->base, ps_term_squared(t), 0);
+            }
+        }
+        ref = c->prev;
+    }
+}
+
+/* Number of distinct values with the events after `right` taken out and the extra value put in; leaves no trace. */
+static uint32_t distinct_at(ps_store *S, blob_t *B, const pair_t *pair, int64_t right, int has_extra, uint64_t extra) {
+    const cell_t *cell = &S->cells[pair->cell];
+    values_t *values = IN(B, values_t, cell->off_values);
+    uint32_t distinct = *IN(B, uint32_t, pair->off_distinct);
+    for (int undo = 0; undo < 2; undo++) {
+        for (ref_t ref = B->newest > right ? B->last : 0; ref;) {
+            chunk_t *c = AT(S, chunk_t, ref);
+            for (uint32_t i = c->count; i-- > 0;) {
+                const uint64_t *rec = record_at(S, c, i);
+                if ((int64_t)rec[0] <= right) goto walked;
+                if (!matches(S, cell, rec)) continue;
+                value_t *v = value_find(S, cell, values, value_key(cell, rec[cell->slot]));
+                if (pair->tail >= 0) {
+                    if (undo) v->inside[pair->j_inside]++;
+                    else if (!--v->inside[pair->j_inside]) distinct--;
+                } else if (undo) {
+                    v->ring += v->ring == UINT32_MAX ? 2 : 1;
+                } else if (v->ring == 1) {
+                    v->ring = UINT32_MAX; /* none left, and yet not a free place */
+                    distinct -= !v->forgotten;
+                } else {
+                    v->ring--;
+                }
+            }
+            ref = c->prev;
+        }
+    walked:
+        if (!undo && has_extra) {
+            value_t *v = extra == STRING_ELSEWHERE && cell->is_string ? NULL : value_find(S, cell, values, extra);
+            int inside = 0;
+            if (v) inside = pair->tail >= 0 ? v->inside[pair->j_inside] != 0 : v->ring != UINT32_MAX || v->forgotten;
+            distinct += !inside;
+        }
+    }
+    return distinct;
+}
+
+/* total - evicted - after + extra, exactly. */
+static void window_sum(ps_store *S, ps_lane *lane, int j, int square, const uint64_t *after, const ps_term *extra,
+                       ps_big *out) {
+    int limbs = lane->limbs;
+    if (extra && !extra->magnitude) extra = NULL;
+    if (!limbs) {
+        out->base = 0;
+        out->limbs = 3;
+        memset(out->limb, 0, 24);
+        if (extra) {
+            out->base = extra->exponent;
+            ps_limbs_add(out->limb, 3, out->base, *extra, 0);
+        }
+        ps_big_normalize(out);
+        return;
+    }
+    const uint64_t *data = lane_data(S, lane);
+    memcpy(out->limb, data, 8u * (unsigned)limbs);
+    if (j) ps_limbs_combine(out->limb, data + j * limbs, limbs, 1);
+    if (after) ps_limbs_combine(out->limb, after, limbs, 1);
+    out->base = lane->base;
+    out->limbs = limbs;
+    if (extra) {
+        if (!ps_lane_fits(lane->base, limbs, lane->ref == 0, *extra)) {
+            uint64_t narrow[PS_MAX_LIMBS];
+            int base, is_narrow, wide = ps_lane_form(lane, lane->ref == 0, square, *extra, &base, &is_narrow);
+            memcpy(narrow, out->limb, 8u * (unsigned)limbs);
+            ps_limbs_widen(out->limb, wide, narrow, limbs, lane->base - base);
+            out->base = base;
+            out->limbs = wide;
+        }
+        ps_limbs_add(out->limb, out->limbs, out->base, *extra, 0);
+    }
+    ps_big_normalize(out);
+}
+
+static int arena_append(ps_arena *a, const char *p, uint32_t len, uint64_t *slot) {
+    if (a->capacity - a->used < len) {
+        uint64_t need = (uint64_t)a->used + len, capacity = need + need / 2 + 256;
+        if (capacity > UINT32_MAX) return 0;
+        char *data = realloc(a->data, capacity);
+        if (!data) return 0;
+        a->data = data;
+        a->capacity = (uint32_t)capacity;
+    }
+    if (len) memcpy(a->data + a->used, p, len);
+    *slot = PS_STR(a->used, len);
+    a->used += len;
+    return 1;
+}
+
+static inline void put_null(ps_slot *slot, uint8_t *status, int type, int why) {
+    slot->u = type == PS_FLOAT64 ? 0x7ff8000000000000ULL : 0;
+    *status = (uint8_t)why;
+}
+
+static int store_read(ps_store *S, ps_handle h, uint32_t group, int64_t T, const ps_event *extra, ps_slot *out,
+                      uint8_t *status, ps_arena *strings) {
+    if (UNLIKELY(group >= S->n_groups)) return PS_STORE_GROUP;
+    if (UNLIKELY(T < PS_TIME_MIN || T > PS_TIME_MAX)) return PS_STORE_TIME;
+    blob_t *B = h ? (blob_t *)(S->base + h) : AT(S, blob_t, S->map->empty);
+    int unknown = h || extra ? PS_NULL_VALUE : PS_NOT_FOUND;
+    if (UNLIKELY(extra != NULL)) {
+        int error = make_record(S, extra, S->extra, 0);
+        if (error) return error;
+    }
+    seek(S, B, T);
+    int gathered = 0;
+    for (uint32_t s = S->group_start[group]; s < S->group_start[group + 1]; s++) {
+        const step_t *step = &S->steps[s];
+        const pair_t *pair = &S->pairs[step->pair];
+        const cell_t *cell = &S->cells[pair->cell];
+        int64_t right = T - step->right, left = pair->tail < 0 ? NO_TIME : T - S->edge[pair->tail];
+        uint64_t n = *IN(B, uint64_t, cell->off_n);
+        if (pair->tail >= 0) n = (uint32_t)n - *IN(B, uint32_t, pair->off_n);
+        const after_t *after = NULL;
+        if (UNLIKELY(B->newest > right)) {
+            if (!(gathered & (1 << step->right))) {
+                gather_after(S, B, right, S->after[step->right]);
+                gathered |= 1 << step->right;
+            }
+            after = &S->after[step->right][pair->cell];
+            n = pair->tail >= 0 ? (uint32_t)(n - after->n) : n - after->n;
+        }
+        uint64_t stored = n;
+        int has_extra = UNLIKELY(extra != NULL) && extra->event_time >= left && extra->event_time <= right
+                     && matches(S, cell, S->extra);
+        n += (uint64_t)has_extra;
+        ps_term term = {0, 0, 0};
+        if (has_extra && cell->column >= 0) term = term_of(cell, S->extra[cell->slot]);
+
+        int have_sum = 0, have_var = 0;
+        int sum_is_exact = 1; /* an int64 */
+        int64_t int_sum = 0;
+        double sum = 0.0, var = 0.0;
+        for (uint32_t r = step->first_result; r < step->first_result + step->n_results; r++) {
+            const result_t *res = &S->results[r];
+            ps_slot *slot = &out[res->out];
+            uint8_t *st = &status[res->out];
+            if (res->function <= PS_COUNT_COLUMN) {
+                slot->i = (int64_t)n;
+                *st = PS_PRESENT;
+                continue;
+            }
+            if (res->function == PS_DISTINCT_COUNT) {
+                if (n == 0) slot->i = 0;
+                else if (LIKELY(!has_extra && !after)) slot->i = *IN(B, uint32_t, pair->off_distinct);
+                else
+                    slot->i = distinct_at(S, B, pair, right, has_extra,
+                                          has_extra ? value_key(cell, S->extra[cell->slot]) : 0);
+                *st = PS_PRESENT;
+                continue;
+            }
+            if (n == 0) {
+                put_null(slot, st, res->type, unknown);
+                continue;
+            }
+            *st = PS_PRESENT;
+            switch (res->function) {
+            case PS_SUM:
+            case PS_MEAN:
+                if (!have_sum) {
+                    ps_lane *lane = IN(B, ps_lane, cell->off_sum);
+                    have_sum = 1;
+                    if (LIKELY(lane->limbs == 2 && !has_extra)) {
+                        const uint64_t *data = (const uint64_t *)(lane + 1);
+                        ps_i128 v, w;
+                        memcpy(&v, data, 16);
+                        if (pair->j_sum) {
+                            memcpy(&w, data + 2 * pair->j_sum, 16);
+                            v -= w;
+                        }
+                        if (after) {
+                            memcpy(&w, after->sum, 16);
+                            v -= w;
+                        }
+                        if (!cell->is_float) {
+                            int_sum = (int64_t)v;
+                            sum_is_exact = v == int_sum;
+                        }
+                        sum = ps_i128_round(v, lane->base);
+                    } else {
+                        ps_big big;
+                        uint64_t kept;
+                        int dropped;
+                        window_sum(S, lane, pair->j_sum, 0, after ? after->sum : NULL, has_extra ? &term : NULL, &big);
+                        if (!cell->is_float && big.top >= 0) {
+                            uint64_t m = ps_big_bits(&big, -big.base); /* base <= 0 */
+                            int top = big.top + big.base;
+                            sum_is_exact = top < 63 || (top == 63 && big.negative && m == (uint64_t)1 << 63);
+                            int_sum = (int64_t)(big.negative ? 0 - m : m);
+                        }
+                        sum = ps_big_round(&big, 0, &kept, &dropped);
+                    }
+                }
+                if (res->function == PS_MEAN) {
+                    slot->f = sum / (double)n;
+                } else if (cell->is_float) {
+                    slot->f = sum;
+                } else if (sum_is_exact) {
+                    slot->i = int_sum;
+                } else {
+                    slot->f = sum;
+                    *st = PS_PRESENT | PS_WIDE;
+                }
+                break;
+            case PS_MIN:
+            case PS_MAX: {
+                int is_min = res->function == PS_MIN;
+                winner_t w = {(uint64_t)INT64_MIN, NO_TIME};
+                if (stored) w = extreme(S, B, pair, is_min, left, right);
+                if (has_extra) {
+                    int64_t key = ordered(cell, S->extra[cell->slot]);
+                    improve(&w, is_min ? ~key : key, extra->event_time);
+                }
+                int64_t key = is_min ? ~(int64_t)w.bits : (int64_t)w.bits;
+                slot->u = (uint64_t)ordered(cell, (uint64_t)key);
+                break;
+            }
+            case PS_VAR_SAMP:
+            case PS_VAR_POP:
+            case PS_STDDEV_SAMP:
+            case PS_STDDEV_POP: {
+                int samp = res->function == PS_VAR_SAMP || res->function == PS_STDDEV_SAMP;
+                if (samp && n < 2) {
+                    put_null(slot, st, res->type, PS_NULL_VALUE);
+                    break;
+                }
+                if (!(have_var & (1 << samp))) {
+                    ps_big sx, sxx;
+                    ps_term square = ps_term_squared(term);
+                    window_sum(S, IN(B, ps_lane, cell->off_sum), pair->j_sum, 0, after ? after->sum : NULL,
+                               has_extra ? &term : NULL, &sx);
+                    window_sum(S, IN(B, ps_lane, cell->off_squares), pair->j_squares, 1, after ? after->squares : NULL,
+                               has_extra ? &square : NULL, &sxx);
+                    var = ps_variance(&sx, &sxx, (double)n, (double)(n - (uint64_t)samp));
+                    have_var = 1 << samp;
+                }
+                slot->f = res->function >= PS_STDDEV_SAMP ? sqrt(var) : var;
+                break;
+            }
+            case PS_FIRST:
+            case PS_LAST: {
+                winner_t w = {0, NO_TIME};
+                int from_extra = has_extra;
+                if (stored) {
+                    w = res->function == PS_FIRST ? first_in(S, B, pair, left) : last_in(S, B, cell, right);
+                    if (has_extra)
+                        from_extra = (res->function == PS_FIRST) == (extra->event_time < w.time);
+                }
+                if (from_extra) w = (winner_t){S->extra[cell->slot], extra->event_time};
+                if (res->ttl >= 0 && T - w.time > res->ttl) {
+                    put_null(slot, st, res->type, PS_OUTSIDE_MAX_AGE);
+                } else if (!cell->is_string) {
+                    slot->u = w.bits;
+                } else {
+                    const char *p;
+                    uint32_t len;
+                    if (from_extra) {
+                        p = extra->arena + PS_STR_OFFSET(extra->values[cell->column].u);
+                        len = PS_STR_LENGTH(extra->values[cell->column].u);
+                    } else {
+                        const string_t *str = AT(S, string_t, (ref_t)w.bits);
+                        p = str->bytes;
+                        len = str->length;
+                    }
+                    if (!strings || !arena_append(strings, p, len, &slot->u)) return PS_STORE_MEMORY;
+                }
+                break;
+            }
+            }
+        }
+    }
+    return PS_STORE_OK;
+}
+
+/* ---- entities -------------------------------------------------------------------------------------------------- */
+
+static inline int key_equal(const ps_store *S, const blob_t *B, const ps_key *key) {
+    if (B->key_is_int != (key->is_int != 0)) return 0;
+    if (key->is_int) return B->key_i == key->i;
+    if (B->key_len != key->len) return 0;
+    return !memcmp(B->key_ref ? AT(S, char, B->key_ref) : B->key, key->str, key->len);
+}
+
+static ps_handle store_find(ps_store *S, const ps_key *key, uint64_t hash) {
+    const node_t *bucket = bucket_of(S, &S->map->entities, (uint32_t)hash);
+    ref_t ref = bucket->next;
+    if (!ref) return 0;
+    uint32_t held = bucket->hash;
+    for (;;) {
+        const blob_t *B = AT(S, blob_t, ref);
+        if (held == (uint32_t)hash && key_equal(S, B, key)) return (ps_handle)ref * UNIT;
+        ref = B->node.next;
+        if (!ref) return 0;
+        held = AT(S, node_t, ref)->hash;
+    }
+}
+
+static ps_handle store_find_or_create(ps_store *S, const ps_key *key, uint64_t hash) {
+    ps_handle h = store_find(S, key, hash);
+    if (h) return h;
+    ref_t key_ref = 0;
+    if (!key->is_int && key->len > KEY_INLINE) {
+        key_ref = heap_alloc(S, units_of(key->len));
+        if (!key_ref) return 0;
+        memcpy(AT(S, char, key_ref), key->str, key->len);
+    }
+    ref_t ref = heap_alloc(S, S->blob_units);
+    if (!ref) {
+        if (key_ref) heap_free(S, key_ref, units_of(key->len));
+        return 0;
+    }
+    blob_t *B = AT(S, blob_t, ref);
+    memcpy(B, S->blob_image, (uint64_t)S->blob_units * UNIT);
+    B->key_is_int = key->is_int != 0;
+    B->key_ref = key_ref;
+    if (key->is_int) B->key_i = key->i;
+    else {
+        B->key_len = key->len;
+        if (!key_ref && key->len) memcpy(B->key, key->str, key->len);
+    }
+    table_insert(S, &S->map->entities, ref, (uint32_t)hash);
+    return (ps_handle)ref * UNIT;
+}
+
+/* The ring is empty or worthless; gives everything back. */
+static void release(ps_store *S, ref_t ref) {
+    blob_t *B = AT(S, blob_t, ref);
+    while (B->first) drop_first_chunk(S, B);
+    for (uint32_t i = 0; i < S->n_cells; i++) {
+        const cell_t *cell = &S->cells[i];
+        ps_lane *lane = IN(B, ps_lane, cell->off_sum);
+        if (cell->is_sum && lane->ref) heap_free(S, lane->ref, units_of((uint64_t)cell->n_sums * lane->limbs * 8));
+        lane = IN(B, ps_lane, cell->off_squares);
+        if (cell->is_squares && lane->ref)
+            heap_free(S, lane->ref, units_of((uint64_t)cell->n_squares * lane->limbs * 8));
+        values_t *values = IN(B, values_t, cell->off_values);
+        if (cell->is_distinct && values->ref)
+            heap_free(S, values->ref, units_of((uint64_t)values->capacity * cell->value_bytes));
+        if (!cell->is_string) continue;
+        winner_t *w = IN(B, winner_t, cell->off_last);
+        if (cell->is_last && w->time != NO_TIME) string_drop(S, (ref_t)w->bits);
+        w = IN(B, winner_t, cell->off_old_last);
+        if (cell->keeps_last && w->time != NO_TIME) string_drop(S, (ref_t)w->bits);
+        for (int p = cell->first_pair; p < cell->first_pair + cell->n_pairs; p++) {
+            const pair_t *pair = &S->pairs[S->cell_pairs[p]];
+            w = IN(B, winner_t, pair->off_first);
+            if (pair->tail < 0 && pair->is_first && w->time != NO_TIME) string_drop(S, (ref_t)w->bits);
+        }
+    }
+    if (B->key_ref) heap_free(S, B->key_ref, units_of(B->key_len));
+    table_remove(S, &S->map->entities, ref);
+    heap_free(S, ref, S->blob_units);
+}
+
+static int store_sweep(ps_store *S, int64_t watermark, uint32_t max_entities) {
+    if (watermark > PS_TIME_MAX) watermark = PS_TIME_MAX;
+    if (watermark > S->map->watermark) S->map->watermark = watermark;
+    if (!S->releasable || S->map->watermark < PS_TIME_MIN) return 0;
+    table_t *t = &S->map->entities;
+    int64_t idle_before = S->map->watermark - S->release_after - S->lateness;
+    uint32_t released = 0, visited = 0;
+    int64_t work = SWEEP_EVENTS;
+    for (uint64_t n = 0; n < 8u * (uint64_t)max_entities && n < t->buckets && visited < 4 * max_entities; n++) {
+        if (S->map->sweep_bucket >= t->buckets) S->map->sweep_bucket = 0;
+        ref_t ref = bucket_at(S, t, S->map->sweep_bucket)->next;
+        while (ref) {
+            blob_t *B = AT(S, blob_t, ref);
+            ref_t next = B->node.next;
+            visited++;
+            if (B->newest < idle_before) {
+                if (released == max_entities) return (int)released;
+                seek(S, B, S->map->watermark > B->cursor ? S->map->watermark : B->cursor);
+                while (B->first && work > 0) {
+                    work -= S->event_work ? AT(S, chunk_t, B->first)->count : 8;
+                    drop_first_chunk(S, B);
+                }
+                if (B->first) return (int)released; /* goes on here next time */
+                release(S, ref);
+                released++;
+            }
+            ref = next;
+        }
+        S->map->sweep_bucket++;
+    }
+    return (int)released;
+}
+
+static void store_prefetch(const ps_store *S, uint64_t hash) {
+    __builtin_prefetch(bucket_of(S, &S->map->entities, (uint32_t)hash));
+}
+
+static void store_prefetch_blob(const ps_store *S, uint64_t hash) {
+    ref_t ref = bucket_of(S, &S->map->entities, (uint32_t)hash)->next;
+    if (!ref) return;
+    const char *p = AT(S, char, ref);
+    for (uint32_t at = 0; at < S->blob_units * UNIT && at < 8 * 64; at += 64) __builtin_prefetch(p + at);
+}
+
+static uint64_t store_version(const ps_store *S, ps_handle h) {
+    return h ? ((const blob_t *)(S->base + h))->version : 0;
+}
+
+static void store_log_position(const ps_store *S, ps_handle h, int64_t *log_id, int64_t *sequence) {
+    const blob_t *B = h ? (const blob_t *)(S->base + h) : AT(S, blob_t, S->map->empty);
+    *log_id = B->log_id;
+    *sequence = B->sequence;
+}
+
+static void store_forget_unused(ps_store *S, ps_handle h) {
+    if (h && !((blob_t *)(S->base + h))->version) release(S, (ref_t)(h / UNIT));
+}
+
+static uint64_t *store_engine_field(ps_store *S, ps_handle h) {
+    return h ? &((blob_t *)(S->base + h))->engine_field : NULL;
+}
+
+static void store_stats(const ps_store *S, ps_store_stats *out) {
+    const map_t *m = S->map;
+    *out = (ps_store_stats){m->entities.count, m->events, m->applied, (m->bump - m->free_units) * UNIT, m->bump * UNIT,
+                            m->strings.count, m->watermark};
+}
+
+/* ---- layout ---------------------------------------------------------------------------------------------------- */
+
+int ps_output_type(const ps_layout *L, uint32_t i) {
+    const ps_output *o = &L->outputs[i];
+    switch (o->function) {
+    case PS_COUNT:
+    case PS_COUNT_COLUMN:
+    case PS_DISTINCT_COUNT: return PS_INT64;
+    case PS_SUM: return L->columns[o->column] == PS_FLOAT64 ? PS_FLOAT64 : PS_INT64;
+    case PS_MIN:
+    case PS_MAX:
+    case PS_FIRST:
+    case PS_LAST: return L->columns[o->column];
+    default: return PS_FLOAT64;
+    }
+}
+
+static int check_layout(const ps_layout *L, uint32_t *at) {
+    uint64_t total = 0;
+    for (uint32_t c = 0; c < L->n_columns; c++) {
+        *at = c;
+        if (L->columns[c] > PS_STRING) return PS_STORE_LAYOUT_COLUMN;
+    }
+    *at = 0;
+    if (L->lateness < 0 || L->lateness > PS_TIME_MAX / 4) return PS_STORE_LAYOUT_LATENESS;
+    if (L->n_where > 63) return PS_STORE_LAYOUT_WHERE;
+    if (L->n_columns > 1024 || L->n_outputs > 16384) return PS_STORE_LAYOUT_SIZE;
+    for (uint32_t g = 0; g < L->n_groups; g++) total += L->groups[g];
+    if (total != L->n_outputs) return PS_STORE_LAYOUT_GROUPS;
+    for (uint32_t i = 0; i < L->n_outputs; i++) {
+        const ps_output *o = &L->outputs[i];
+        *at = i;
+        if (o->function >= PS_N_FUNCTIONS) return PS_STORE_LAYOUT_FUNCTION;
+        if (o->function == PS_COUNT ? o->column != -1 : o->column < 0 || (uint32_t)o->column >= L->n_columns)
+            return PS_STORE_LAYOUT_COLUMN;
+        if (o->where < -1 || o->where >= (int)L->n_where) return PS_STORE_LAYOUT_WHERE;
+        if (o->closed > PS_CLOSED_LEFT || o->length < 0 || o->length > PS_TIME_MAX / 4) return PS_STORE_LAYOUT_WINDOW;
+        if (o->ttl != PS_NO_TTL
+            && (o->ttl < 0 || o->ttl > PS_TIME_MAX / 4 || (o->function != PS_FIRST && o->function != PS_LAST)))
+            return PS_STORE_LAYOUT_TTL;
+        if (o->function == PS_COUNT) continue;
+        int type = L->columns[o->column];
+        int arithmetic = o->function == PS_SUM || o->function == PS_MEAN
+                      || (o->function >= PS_VAR_SAMP && o->function <= PS_STDDEV_POP);
+        if (arithmetic && (type == PS_STRING || type == PS_TIMESTAMP)) return PS_STORE_LAYOUT_TYPE;
+        if ((o->function == PS_MIN || o->function == PS_MAX) && type == PS_STRING) return PS_STORE_LAYOUT_TYPE;
+    }
+    return PS_STORE_OK;
+}
+
+static inline int has_squares(int function) { return function >= PS_VAR_SAMP && function <= PS_STDDEV_POP; }
+
+/* Cells, tails, pairs and steps, each found once; then their places in the blob. */
+static int compile(ps_store *S, const ps_layout *L) {
+    uint32_t n = L->n_outputs, n_cols = L->n_columns;
+    S->columns = malloc(n_cols + 1);
+    S->null_bit = calloc(n_cols + 1, 8);
+    S->edge = calloc(n + 1, 8);
+    S->cells = calloc(n + 1, sizeof(cell_t));
+    S->pairs = calloc(n + 1, sizeof(pair_t));
+    S->cell_pairs = calloc(n + 1, sizeof(int));
+    S->tail_pairs = calloc(n + 1, sizeof(int));
+    S->tail_start = calloc(n + 2, sizeof(int));
+    S->steps = calloc(n + 1, sizeof(step_t));
+    S->group_start = calloc(L->n_groups + 1, sizeof(uint32_t));
+    S->results = calloc(n + 1, sizeof(result_t));
+    int *pair_of = calloc(n + 1, sizeof(int));
+    if (!S->columns || !S->null_bit || !S->edge || !S->cells || !S->pairs || !S->cell_pairs || !S->tail_pairs
+        || !S->tail_start || !S->steps || !S->group_start || !S->results || !pair_of) {
+        free(pair_of);
+        return PS_STORE_MEMORY;
+    }
+    if (n_cols) memcpy(S->columns, L->columns, n_cols);
+    S->n_columns = n_cols;
+    S->n_where = L->n_where;
+    S->n_groups = L->n_groups;
+    S->lateness = L->lateness;
+    S->fingerprint = L->fingerprint;
+    S->releasable = 1;
+
+    int word = 1, n_null = 0;
+    if (L->n_where) S->where_word = word++;
+    for (uint32_t c = 0; c < n_cols; c++)
+        if (S->columns[c] != PS_FLOAT64 && S->columns[c] != PS_STRING) {
+            if (n_null == 64) {
+                free(pair_of);
+                return PS_STORE_LAYOUT_SIZE;
+            }
+            S->null_bit[c] = (uint64_t)1 << n_null++;
+        } else {
+            S->has_strings |= S->columns[c] == PS_STRING;
+        }
+    if (n_null) S->null_word = word++;
+    S->first_value = word;
+    S->stride = word + (int)n_cols;
+
+    for (uint32_t i = 0; i < n; i++) {
+        const ps_output *o = &L->outputs[i];
+        uint32_t c = 0;
+        while (c < S->n_cells && (S->cells[c].column != o->column || S->cells[c].where != o->where)) c++;
+        cell_t *cell = &S->cells[c];
+        if (c == S->n_cells) {
+            S->n_cells++;
+            cell->column = o->column;
+            cell->where = o->where;
+            cell->where_mask = o->where < 0 ? 0 : (uint64_t)1 << o->where;
+            cell->min_summary = cell->max_summary = -1;
+            if (o->column >= 0) {
+                cell->type = S->columns[o->column];
+                cell->slot = S->first_value + o->column;
+                cell->is_float = cell->type == PS_FLOAT64;
+                cell->is_string = cell->type == PS_STRING;
+                cell->null_mask = S->null_bit[o->column];
+            }
+        }
+        int tail = -1;
+        if (o->length != PS_LIFETIME) {
+            int64_t edge = o->closed == PS_CLOSED_RIGHT ? o->length - 1 : o->length;
+            for (tail = 0; tail < (int)S->n_tails && S->edge[tail] != edge; tail++) {}
+            if (tail == (int)S->n_tails) S->edge[S->n_tails++] = edge;
+            if (edge > S->longest) S->longest = edge;
+            if (o->length > S->release_after) S->release_after = o->length;
+        } else if (o->ttl >= 0) {
+            if (o->ttl > S->release_after) S->release_after = o->ttl;
+        } else {
+            S->releasable = 0;
+        }
+        uint32_t p = 0;
+        while (p < S->n_pairs && (S->pairs[p].cell != (int)c || S->pairs[p].tail != tail)) p++;
+        pair_t *pair = &S->pairs[p];
+        if (p == S->n_pairs) {
+            S->n_pairs++;
+            pair->cell = (int)c;
+            pair->tail = tail;
+        }
+        pair_of[i] = (int)p;
+        int sums = o->function == PS_SUM || o->function == PS_MEAN || has_squares(o->function);
+        pair->is_sum |= (uint8_t)sums;
+        pair->is_squares |= (uint8_t)has_squares(o->function);
+        pair->is_distinct |= o->function == PS_DISTINCT_COUNT;
+        pair->is_first |= o->function == PS_FIRST;
+        cell->is_sum |= (uint8_t)sums;
+        cell->is_squares |= (uint8_t)has_squares(o->function);
+        if (o->function == PS_MIN) {
+            pair->off_min = 1;
+            if (cell->min_summary < 0) cell->min_summary = S->n_summaries++;
+        }
+        if (o->function == PS_MAX) {
+            pair->off_max = 1;
+            if (cell->max_summary < 0) cell->max_summary = S->n_summaries++;
+        }
+        if (o->function == PS_LAST) {
+            cell->is_last = 1;
+            cell->keeps_last |= o->length == PS_LIFETIME;
+        }
+        if (o->function == PS_DISTINCT_COUNT) {
+            cell->is_distinct = 1;
+            cell->distinct_lifetime |= o->length == PS_LIFETIME;
+        }
+    }
+    S->least_edge = INT64_MAX;
+    for (uint32_t k = 0; k < S->n_tails; k++)
+        if (S->edge[k] < S->least_edge) S->least_edge = S->edge[k];
+    if (!S->n_tails) S->least_edge = 0;
+
+    int filled = 0;
+    for (uint32_t c = 0; c < S->n_cells; c++) {
+        S->cells[c].first_pair = filled;
+        for (uint32_t p = 0; p < S->n_pairs; p++)
+            if (S->pairs[p].cell == (int)c) S->cell_pairs[filled++] = (int)p;
+        S->cells[c].n_pairs = filled - S->cells[c].first_pair;
+    }
+    filled = 0;
+    for (uint32_t k = 0; k < S->n_tails; k++) {
+        S->tail_start[k] = filled;
+        for (uint32_t p = 0; p < S->n_pairs; p++)
+            if (S->pairs[p].tail == (int)k) S->tail_pairs[filled++] = (int)p;
+    }
+    S->tail_start[S->n_tails] = filled;
+
+    uint32_t i = 0, n_steps = 0, n_results = 0;
+    for (uint32_t g = 0; g < L->n_groups; g++) {
+        uint32_t begin = i, end = i + L->groups[g];
+        S->group_start[g] = n_steps;
+        for (; i < end; i++) {
+            int right = L->outputs[i].closed == PS_CLOSED_LEFT;
+            uint32_t s = S->group_start[g];
+            while (s < n_steps && (S->steps[s].pair != pair_of[i] || S->steps[s].right != right)) s++;
+            if (s < n_steps) continue;
+            step_t *step = &S->steps[n_steps++];
+            *step = (step_t){pair_of[i], right, n_results, 0};
+            for (uint32_t j = i; j < end; j++) {
+                if (pair_of[j] != step->pair || (L->outputs[j].closed == PS_CLOSED_LEFT) != right) continue;
+                S->results[n_results++] = (result_t){L->outputs[j].function, (uint8_t)ps_output_type(L, j), j - begin,
+                                                     L->outputs[j].ttl};
+                step->n_results++;
+            }
+        }
+    }
+    S->group_start[L->n_groups] = n_steps;
+    free(pair_of);
+
+    uint64_t off = sizeof(blob_t);
+#define TAKE(field, bytes) do { (field) = (uint32_t)off; off += ((uint64_t)(bytes) + 7) & ~(uint64_t)7; } while (0)
+    TAKE(S->off_tails, S->n_tails * sizeof(tail_t));
+    for (uint32_t c = 0; c < S->n_cells; c++) {
+        cell_t *cell = &S->cells[c];
+        uint32_t finite = 0;
+        cell->n_sums = cell->n_squares = 1;
+        for (int q = 0; q < cell->n_pairs; q++) {
+            pair_t *pair = &S->pairs[S->cell_pairs[cell->first_pair + q]];
+            if (pair->tail < 0) continue;
+            finite++;
+            if (pair->is_sum) pair->j_sum = cell->n_sums++;
+            if (pair->is_squares) pair->j_squares = cell->n_squares++;
+            if (pair->is_distinct) pair->j_inside = cell->n_inside++;
+        }
+        TAKE(cell->off_n, 8 + 4 * finite);
+        uint32_t next_n = cell->off_n + 8;
+        if (cell->is_sum) TAKE(cell->off_sum, 8 + cell->n_sums * 8 * PS_SUM_INLINE);
+        for (int q = 0; q < cell->n_pairs; q++) {
+            pair_t *pair = &S->pairs[S->cell_pairs[cell->first_pair + q]];
+            if (pair->tail >= 0) {
+                pair->off_n = next_n;
+                next_n += 4;
+            }
+            int lifetime = pair->tail < 0;
+            if (pair->off_min) {
+                TAKE(pair->off_min, sizeof(winner_t));
+                if (lifetime) TAKE(pair->off_old_min, sizeof(winner_t));
+            }
+            if (pair->off_max) {
+                TAKE(pair->off_max, sizeof(winner_t));
+                if (lifetime) TAKE(pair->off_old_max, sizeof(winner_t));
+            }
+            if (pair->is_first) TAKE(pair->off_first, sizeof(winner_t));
+            if (pair->is_distinct) TAKE(pair->off_distinct, 8);
+            S->event_work |= pair->off_old_min || pair->off_old_max;
+        }
+        if (cell->is_squares) TAKE(cell->off_squares, 8 + cell->n_squares * 8 * PS_SQUARE_INLINE);
+        if (cell->is_last) TAKE(cell->off_last, sizeof(winner_t));
+        if (cell->keeps_last) TAKE(cell->off_old_last, sizeof(winner_t));
+        if (cell->is_distinct) TAKE(cell->off_values, sizeof(values_t));
+        cell->value_bytes = (int)((sizeof(value_t) + 4u * (unsigned)cell->n_inside + 7) & ~7u);
+        S->event_work |= cell->is_distinct | cell->keeps_last;
+    }
+#undef TAKE
+    S->event_work |= S->has_strings;
+    if (off > (1u << 24) || S->n_summaries > 1024) return PS_STORE_LAYOUT_SIZE;
+    S->blob_units = units_of(off);
+    size_class(S->blob_units, &S->blob_units);
+
+    S->blob_image = calloc(1, (uint64_t)S->blob_units * UNIT);
+    S->record = calloc((size_t)S->stride, 8);
+    S->extra = calloc((size_t)S->stride, 8);
+    S->after[0] = calloc(S->n_cells + 1, sizeof(after_t));
+    S->after[1] = calloc(S->n_cells + 1, sizeof(after_t));
+    if (!S->blob_image || !S->record || !S->extra || !S->after[0] || !S->after[1]) return PS_STORE_MEMORY;
+    blob_t *B = (blob_t *)S->blob_image;
+    B->newest = NO_TIME;
+    B->cursor = PS_TIME_MIN;
+    B->format = FORMAT;
+    B->fingerprint = S->fingerprint;
+    for (uint32_t k = 0; k < S->n_tails; k++) tails_of(S, B)[k].next_time = AT_END;
+    winner_t none = {(uint64_t)INT64_MIN, NO_TIME};
+    for (uint32_t c = 0; c < S->n_cells; c++) {
+        cell_t *cell = &S->cells[c];
+        if (cell->is_last) *IN(B, winner_t, cell->off_last) = none;
+        if (cell->keeps_last) *IN(B, winner_t, cell->off_old_last) = none;
+        if (cell->is_float || cell->column < 0) continue;
+        /* integers have one form for life: weight 1 */
+        if (cell->is_sum) *IN(B, ps_lane, cell->off_sum) = (ps_lane){0, PS_SUM_INLINE, 0};
+        if (cell->is_squares) *IN(B, ps_lane, cell->off_squares) = (ps_lane){0, PS_SQUARE_INLINE, 0};
+    }
+    for (uint32_t p = 0; p < S->n_pairs; p++) {
+        pair_t *pair = &S->pairs[p];
+        if (pair->off_min) *IN(B, winner_t, pair->off_min) = none;
+        if (pair->off_max) *IN(B, winner_t, pair->off_max) = none;
+        if (pair->off_old_min) *IN(B, winner_t, pair->off_old_min) = none;
+        if (pair->off_old_max) *IN(B, winner_t, pair->off_old_max) = none;
+        if (pair->off_first) *IN(B, winner_t, pair->off_first) = none;
+    }
+    uint64_t record = (uint64_t)S->stride * 8, first = sizeof(chunk_t) + 2 * record;
+    if (first < 80) first = 80;
+    S->first_chunk_units = units_of(first);
+    uint64_t full = sizeof(chunk_t) + (uint64_t)S->n_summaries * sizeof(winner_t) + record * 16;
+    S->full_chunk_units = units_of(full > CHUNK_BYTES ? full : CHUNK_BYTES);
+    return PS_STORE_OK;
+}
+
+/* ---- life of a store ------------------------------------------------------------------------------------------- */
+
+static int map_fresh(uint64_t max_bytes, char **base, uint64_t *reserved) {
+    uint64_t most = (uint64_t)UINT32_MAX * UNIT, size = max_bytes && max_bytes < most ? max_bytes : most;
+    size &= ~(uint64_t)0xffff;
+    if (size < 0x10000) size = 0x10000;
+    for (;; size /= 2) {
+        void *p = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (p != MAP_FAILED) {
+            *base = p;
+            *reserved = size;
+            return 1;
+        }
+        if (size < (64u << 20)) return 0;
+    }
+}
+
+void ps_store_free(ps_store *S) {
+    if (!S) return;
+    if (S->base) munmap(S->base, S->reserved);
+    free(S->columns);
+    free(S->null_bit);
+    free(S->edge);
+    free(S->cells);
+    free(S->pairs);
+    free(S->cell_pairs);
+    free(S->tail_pairs);
+    free(S->tail_start);
+    free(S->steps);
+    free(S->group_start);
+    free(S->results);
+    free(S->blob_image);
+    free(S->record);
+    free(S->extra);
+    free(S->after[0]);
+    free(S->after[1]);
+    free(S);
+}
+
+ps_store *ps_store_create(const ps_layout *L, int *error, uint32_t *at) {
+    *at = 0;
+    *error = check_layout(L, at);
+    if (*error) return NULL;
+    ps_store *S = calloc(1, sizeof *S);
+    *error = S ? compile(S, L) : PS_STORE_MEMORY;
+    if (!*error && !map_fresh(L->max_bytes, &S->base, &S->reserved)) *error = PS_STORE_MEMORY;
+    if (!*error && !commit_to(S, sizeof(map_t))) *error = PS_STORE_MEMORY;
+    if (!*error) {
+        map_t *m = S->map = (map_t *)S->base;
+        m->magic = MAGIC;
+        m->format = FORMAT;
+        m->fingerprint = S->fingerprint;
+        m->blob_bytes = S->blob_units * UNIT;
+        m->watermark = PS_TIME_MIN - 1;
+        m->bump = (units_of(sizeof(map_t)) + 3) & ~(uint64_t)3;
+        if (!table_init(S, &m->entities) || !table_init(S, &m->strings) || !(m->empty = heap_alloc(S, S->blob_units)))
+            *error = PS_STORE_MEMORY;
+        else memcpy(AT(S, char, m->empty), S->blob_image, (uint64_t)S->blob_units * UNIT);
+    }
+    if (*error) {
+        ps_store_free(S);
+        return NULL;
+    }
+    return S;
+}
+
+const void *ps_store_bytes(const ps_store *S, uint64_t *size) {
+    *size = S->map->bump * UNIT;
+    return S->base;
+}
+
+int ps_store_load(ps_store *S, const void *bytes, uint64_t size) {
+    map_t head;
+    if (size < sizeof head) return PS_STORE_DUMP_SIZE;
+    memcpy(&head, bytes, sizeof head);
+    if (head.magic != MAGIC || head.format != FORMAT) return PS_STORE_DUMP_FORMAT;
+    if (head.fingerprint != S->fingerprint || head.blob_bytes != S->blob_units * UNIT) return PS_STORE_DUMP_FINGERPRINT;
+    if (head.bump * UNIT != size) return PS_STORE_DUMP_SIZE;
+    ps_store fresh = *S;
+    if (size > S->reserved) return PS_STORE_MEMORY;
+    if (!map_fresh(S->reserved, &fresh.base, &fresh.reserved)) return PS_STORE_MEMORY;
+    fresh.committed = 0;
+    if (!commit_to(&fresh, size)) {
+        munmap(fresh.base, fresh.reserved);
+        return PS_STORE_MEMORY;
+    }
+    memcpy(fresh.base, bytes, size);
+    munmap(S->base, S->reserved);
+    S->base = fresh.base;
+    S->map = (map_t *)S->base;
+    S->reserved = fresh.reserved;
+    S->committed = fresh.committed;
+    return PS_STORE_OK;
+}
+
+const char *ps_store_error_text(int code) {
+    switch (code) {
+    case PS_STORE_OK: return "no error";
+    case PS_STORE_MEMORY: return "window state: out of memory (max_bytes reached, or the system gives no more)";
+    case PS_STORE_TIME: return "time outside -2^61..2^61 microseconds";
+    case PS_STORE_INFINITY: return "an infinity in an aggregated column";
+    case PS_STORE_FULL: return "more than 2^40 events for one entity";
+    case PS_STORE_GROUP: return "no such group of outputs";
+    case PS_STORE_HANDLE: return "apply needs an entity made by find_or_create";
+    case PS_STORE_LAYOUT_COLUMN: return "column: unknown type or index (count takes none, every other function one)";
+    case PS_STORE_LAYOUT_TYPE: return "the function does not take a column of this type";
+    case PS_STORE_LAYOUT_FUNCTION: return "unknown function";
+    case PS_STORE_LAYOUT_WHERE: return "where: no such predicate (at most 63)";
+    case PS_STORE_LAYOUT_WINDOW: return "window: length must be positive and below 2^59 us, closed right, both or left";
+    case PS_STORE_LAYOUT_TTL: return "ttl: must not be negative, and only first and last take one";
+    case PS_STORE_LAYOUT_GROUPS: return "groups must add up to the number of outputs";
+    case PS_STORE_LAYOUT_LATENESS: return "lateness must be within 0..2^59 us";
+    case PS_STORE_LAYOUT_SIZE:
+        return "layout too large (1,024 columns, 64 of them integer, bool or timestamp, 16,384 outputs)";
+    case PS_STORE_DUMP_FORMAT: return "not a dump of window state, or of another format version";
+    case PS_STORE_DUMP_FINGERPRINT: return "the dump was made with another layout";
+    case PS_STORE_DUMP_SIZE: return "the dump is cut short or too long";
+    default: return "unknown error";
+    }
+}
+
+static const ps_store_api api = {
+    key_hash,    store_prefetch, store_prefetch_blob, store_find,         store_find_or_create, store_apply,
+    store_read,  store_version,  store_sweep,         store_stats,        store_log_position,   store_forget_unused,
+    store_engine_field,
+};
+
+const ps_store_api *ps_store_get_api(void) { return &api; }
