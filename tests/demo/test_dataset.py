@@ -24,7 +24,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 
 
 def equal(a: Transactions, b: Transactions) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in dataset.COLUMNS)
 
 
 def test_the_cache_is_used_and_a_damaged_one_is_made_again(small: list[int], tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """pandas' features equal the slow ones, ties included."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ from penstock.demo.slow_features import features_of
 def crowded(data: Transactions) -> Transactions:
     """The same rows in few places and on a coarse clock, so that windows are full and edges and ties are hit."""
     second = data.second // 3_600 * 3_600
-    return data._replace(second=second, customer=data.customer % 5, terminal=data.terminal % 7)
+    return replace(data, second=second, customer=data.customer % 5, terminal=data.terminal % 7)
 
 
 @pytest.mark.parametrize("make", [lambda data: data, crowded])

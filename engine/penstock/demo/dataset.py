@@ -7,6 +7,7 @@ the file appears under its name in one step.
 import os
 import tempfile
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ PUBLISHED_TRAIN_DAY = 115  # 2018-07-25
 PUBLISHED_DAYS = 149  # scenario 3 looks 14 days ahead of the last test day
 DELAY_DAYS = 7
 FEWEST_DAYS = 30
+COLUMNS = tuple(field.name for field in fields(Transactions))
 
 Rows = npt.NDArray[np.int64]
 
@@ -47,7 +49,7 @@ def _read(path: Path) -> Transactions | None:
     """The file's transactions, or None where it is missing or damaged (each member of a zip has a CRC)."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            columns = {name: file[name] for name in Transactions._fields}
+            columns = {name: file[name] for name in COLUMNS}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError):
         return None
     added = columns.pop("added")
@@ -65,7 +67,7 @@ def _write(path: Path, data: Transactions) -> None:
         return
     try:
         with os.fdopen(handle, "wb") as file:
-            columns: dict[str, Any] = {field: np.asarray(getattr(data, field)) for field in data._fields}
+            columns: dict[str, Any] = {field: np.asarray(getattr(data, field)) for field in COLUMNS}
             np.savez(file, allow_pickle=False, **columns)
             file.flush()
             os.fsync(file.fileno())

@@ -7,6 +7,7 @@ come from NumPy's and Python's seeded legacy generators in exactly the published
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,8 @@ Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
-class Transactions(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Transactions:
     """Columns of equal length n, sorted by `second`, ties in the order of generation."""
 
     second: Integers  # seconds since START
@@ -49,7 +51,7 @@ class Transactions(NamedTuple):
         """Event time, datetime64[us], UTC."""
         return START + (self.second * 1_000_000).astype("timedelta64[us]")
 
-    def __len__(self) -> int:  # rows, not fields
+    def __len__(self) -> int:
         return len(self.second)
 
 

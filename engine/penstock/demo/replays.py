@@ -1,0 +1,107 @@
+"""Everything the demo asks of the engine: replays of history, warm engines, scores one by one (control path).
+
+What must stay true: only the public interface is used, as any user would.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from penstock import Engine, Timestamp
+from penstock.demo import dataset, fraud, fraud_benchmark, fraud_training
+from penstock.demo.generator import Transactions
+from penstock.demo.pandas_features import FEATURES
+
+Floats = npt.NDArray[np.float64]
+
+WARM_DAYS = 31  # before the test week: the longest window, and a day
+
+
+class History(NamedTuple):
+    """What the windows of the test week can see, ready to replay: Arrow tables in the order of event time."""
+
+    transactions: Any
+    labels: Any
+    first_row: int  # of the data set, where the transactions start
+    test_row: int  # of `transactions`, where the test week starts
+    test_label: int  # of `labels`, where the test week starts
+
+
+def history(data: Transactions, when: dataset.Weeks) -> History:
+    """From 31 days before the test week to its end."""
+    days = (when.test - WARM_DAYS, when.test, when.test + 7)
+    first, test, end = (int(np.searchsorted(data.day, day)) for day in days)
+    known = data.day + dataset.DELAY_DAYS
+    first_label, test_label, end_label = (int(np.searchsorted(known, day)) for day in days)
+    return History(
+        dataset.transactions_table(data, slice(first, end)),
+        dataset.labels_table(data, slice(first_label, end_label)),
+        first_row=first,
+        test_row=test - first,
+        test_label=test_label - first_label,
+    )
+
+
+def columns(out: Any, names: Sequence[str]) -> dict[str, Floats]:
+    """Columns of an Arrow table as float64 (n,); null is NaN."""
+    import pyarrow as pa
+
+    return {name: out.column(name).cast(pa.float64()).to_numpy() for name in names}
+
+
+def all_features(data: Transactions) -> tuple[dict[str, Floats], float]:
+    """The 15 features of every transaction, and the seconds from Arrow tables to Arrow columns."""
+    tables = {"FraudLabel": dataset.labels_table(data), "Transaction": dataset.transactions_table(data)}
+    engine = Engine(fraud_training, clock="event")
+    started = time.perf_counter()
+    out = engine.replay(tables, out="training")
+    seconds = time.perf_counter() - started
+    return columns(out, FEATURES), seconds
+
+
+def all_scores(past: History, models: Path) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Every model's score of every transaction of `past`, by the model's key; and the features it was made of."""
+    engine = Engine(fraud_benchmark, models=models, clock="event")
+    out = engine.replay({"FraudLabel": past.labels, "Transaction": past.transactions}, out="benchmark")
+    slots = {key: "score." + ref.replace("@", "_") for key, ref in fraud_benchmark.MODELS.items()}
+    scores = columns(out, list(slots.values()))
+    return {key: scores[slot] for key, slot in slots.items()}, columns(out, FEATURES)
+
+
+def decisions(past: History, models: Path) -> dict[str, npt.NDArray[np.object_]]:
+    """What the fraud app decided on every transaction of `past`: challenger (the arm) and action."""
+    engine = Engine(fraud, models=models, clock="event")
+    out = engine.replay({"FraudLabel": past.labels, "Transaction": past.transactions}, out="fraud")
+    return {name: np.asarray(out.column(name).to_pylist(), dtype=object) for name in ("challenger", "action")}
+
+
+def warm(past: History, transactions: int, labels: int, models: Path) -> Engine:
+    """An engine of the fraud app that has seen so many of the past's transactions and labels."""
+    engine = Engine(fraud, models=models, clock="event")
+    engine.ingest(past.labels.slice(0, labels), event="FraudLabel")
+    engine.ingest(past.transactions.slice(0, transactions), event="Transaction")
+    return engine
+
+
+def one_by_one(past: History, models: Path, rows: int) -> tuple[int, int]:
+    """Two engines with the same past: one scores transactions of the test week one by one, the other as one table.
+
+    Returns how many were compared and how many differ in a bit of the score, in the action or in the arm.
+    """
+    table = past.transactions.slice(past.test_row, rows)
+    single, batch = (warm(past, past.test_row, past.test_label, models) for _ in range(2))
+    out = batch.score_batch(table)
+    names = ("customer", "terminal", "amount")
+    times = table.column("at").cast("int64").to_pylist()
+    fields = zip(*(table.column(name).to_pylist() for name in names), strict=True)
+    theirs = zip(*(out.column(name).to_pylist() for name in ("score", "action", "challenger")), strict=True)
+    wrong = 0
+    for (customer, terminal, amount), at, (score, action, arm) in zip(fields, times, theirs, strict=True):
+        decision = single.score(fraud.Transaction(customer, terminal, amount, Timestamp(at)))
+        same = np.float64(decision.score).tobytes() == np.float64(score).tobytes()
+        wrong += not (same and decision.action == action and decision.arms["challenger"] == arm)
+    return table.num_rows, wrong
