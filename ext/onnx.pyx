@@ -120,8 +120,11 @@ def _describe(port):
     return f"{port['name']} ({_TYPE_NAMES.get(port['type'], 'type ' + str(port['type']))} {dims or 'scalar'})"
 
 
-def _choose_output(ports, wanted):
-    """Index of the output to read: the one named, or the probabilities, or the only floating one."""
+def choose_output(ports, wanted):
+    """Index of the output to read: the one named, or the probabilities, or the only floating one.
+
+    ports: descriptions with name, tensor, type and dims. Raises ValueError with the choice there is.
+    """
     listing = ", ".join(_describe(port) for port in ports)
     if wanted is not None:
         for i, port in enumerate(ports):
@@ -302,7 +305,7 @@ cdef class OnnxModel:
                 return
             if api == "c":
                 raise OnnxError(f"{label}: the C API of ONNX Runtime was not reached: {reason}")
-        self._open_python(data, inputs, output, label)
+        self._open_python(data, inputs, output, label, external_folder)
 
     def __dealloc__(self):
         ps_onnx_destroy(self.session)
@@ -320,7 +323,7 @@ cdef class OnnxModel:
         if library is None:
             return "no libonnxruntime in an installed onnxruntime"
         library = os.fsencode(library)
-        path = library
+        path = <const char *>library
         with nogil:
             version = ps_onnx_open_library(path, API_VERSION, error)
         if version == NULL:
@@ -330,7 +333,9 @@ cdef class OnnxModel:
         folder = None if external_folder is None else os.fsencode(external_folder)
         options.arena = arena
         options.mem_pattern = mem_pattern
-        options.external_folder = NULL if folder is None else <const char *>folder
+        options.external_folder = NULL
+        if folder is not None:
+            options.external_folder = folder
         encoded = os.fsencode(self.source)
         path = encoded
         if data is not None:
@@ -377,11 +382,11 @@ cdef class OnnxModel:
         self.release_gil = ps_onnx_row_seconds(session) > LONG_CALL_SECONDS
         return None
 
-    def _open_python(self, data, inputs, output, label):
+    def _open_python(self, data, inputs, output, label, external_folder):
         try:
             import onnxruntime
         except ImportError as error:
-            raise ImportError(f"model {label} needs onnxruntime: pip install 'penstock[onnx]'") from error
+            raise ImportError(f"{label} needs onnxruntime: pip install 'penstock[onnx]'") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
@@ -389,6 +394,8 @@ cdef class OnnxModel:
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        if external_folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", external_folder)
         try:
             session = onnxruntime.InferenceSession(
                 self.source if data is None else data, options, providers=["CPUExecutionProvider"]
@@ -431,7 +438,7 @@ cdef class OnnxModel:
 
     def _plan(self, ports, inputs, output, metadata, label):
         try:
-            chosen = _choose_output(ports["outputs"], output)
+            chosen = choose_output(ports["outputs"], output)
             columns, gather, self.inputs = _layout(ports["inputs"], inputs, metadata)
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from None
