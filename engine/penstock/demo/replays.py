@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from penstock import Engine, Timestamp
 from penstock.demo import dataset, fraud, fraud_benchmark, fraud_training
-from penstock.demo.generator import Transactions
+from penstock.demo.generator import Progress, Transactions
 from penstock.demo.pandas_features import FEATURES
 
 Floats = npt.NDArray[np.float64]
@@ -29,6 +29,10 @@ class History(NamedTuple):
     first_row: int  # of the data set, where the transactions start
     test_row: int  # of `transactions`, where the test week starts
     test_label: int  # of `labels`, where the test week starts
+
+    def tables(self) -> dict[str, Any]:
+        """As `Engine.replay` takes them: labels before transactions of the same second."""
+        return {"FraudLabel": self.labels, "Transaction": self.transactions}
 
 
 def history(data: Transactions, when: dataset.Weeks) -> History:
@@ -53,30 +57,50 @@ def columns(out: Any, names: Sequence[str]) -> dict[str, Floats]:
     return {name: out.column(name).cast(pa.float64()).to_numpy() for name in names}
 
 
-def all_features(data: Transactions) -> tuple[dict[str, Floats], float]:
+class Share:
+    """Turns the engine's "so many more rows are done" into the (done, total) of a progress bar."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self, rows: int) -> None:
+        self.done += rows
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def all_features(data: Transactions, progress: Progress | None = None) -> tuple[dict[str, Floats], float]:
     """The 15 features of every transaction, and the seconds from Arrow tables to Arrow columns."""
     tables = {"FraudLabel": dataset.labels_table(data), "Transaction": dataset.transactions_table(data)}
     engine = Engine(fraud_training, clock="event")
     started = time.perf_counter()
-    out = engine.replay(tables, out="training")
+    out = engine.replay(tables, out="training", progress=Share(progress, 2 * len(data)))
     seconds = time.perf_counter() - started
     return columns(out, FEATURES), seconds
 
 
-def all_scores(past: History, models: Path) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    """Every model's score of every transaction of `past`, by the model's key; and the features it was made of."""
-    engine = Engine(fraud_benchmark, models=models, clock="event")
-    out = engine.replay({"FraudLabel": past.labels, "Transaction": past.transactions}, out="benchmark")
-    slots = {key: "score." + ref.replace("@", "_") for key, ref in fraud_benchmark.MODELS.items()}
-    scores = columns(out, list(slots.values()))
-    return {key: scores[slot] for key, slot in slots.items()}, columns(out, FEATURES)
+def all_scores(
+    past: History, models: Path, keys: Sequence[str], progress: Progress | None = None
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Every model's score of every transaction of `past`, by the model's key; and the features of the last replay."""
+    share = Share(progress, len(keys) * (past.transactions.num_rows + past.labels.num_rows))
+    scores = {}
+    for key in keys:
+        engine = Engine(fraud_benchmark.app(key), models=models, clock="event")
+        out = engine.replay(past.tables(), out="benchmark", progress=share)
+        scores[key] = columns(out, ["score"])["score"]
+    return scores, columns(out, FEATURES)
 
 
-def decisions(past: History, models: Path) -> dict[str, npt.NDArray[np.object_]]:
-    """What the fraud app decided on every transaction of `past`: challenger (the arm) and action."""
+def decisions(
+    past: History, models: Path, progress: Progress | None = None
+) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.object_]]:
+    """What the fraud app decided on every transaction of `past`: the arm of each, and the action."""
     engine = Engine(fraud, models=models, clock="event")
-    out = engine.replay({"FraudLabel": past.labels, "Transaction": past.transactions}, out="fraud")
-    return {name: np.asarray(out.column(name).to_pylist(), dtype=object) for name in ("challenger", "action")}
+    share = Share(progress, past.transactions.num_rows + past.labels.num_rows)
+    out = engine.replay(past.tables(), out="fraud", progress=share)
+    arm, action = (np.asarray(out.column(name).to_pylist(), dtype=object) for name in ("arm.challenger", "action"))
+    return arm, action
 
 
 def warm(past: History, transactions: int, labels: int, models: Path) -> Engine:
@@ -98,7 +122,7 @@ def one_by_one(past: History, models: Path, rows: int) -> tuple[int, int]:
     names = ("customer", "terminal", "amount")
     times = table.column("at").cast("int64").to_pylist()
     fields = zip(*(table.column(name).to_pylist() for name in names), strict=True)
-    theirs = zip(*(out.column(name).to_pylist() for name in ("score", "action", "challenger")), strict=True)
+    theirs = zip(*(out.column(name).to_pylist() for name in ("score", "action", "arm.challenger")), strict=True)
     wrong = 0
     for (customer, terminal, amount), at, (score, action, arm) in zip(fields, times, theirs, strict=True):
         decision = single.score(fraud.Transaction(customer, terminal, amount, Timestamp(at)))

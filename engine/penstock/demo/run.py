@@ -140,8 +140,8 @@ def show_replay(data: Transactions, figures: Figures) -> tuple[dict[str, Floats]
     from penstock.demo import replays
 
     heading(2, "Window features: the history replayed through the engine")
-    with Progress(f"replaying {2 * len(data):,} events"):
-        features, seconds = replays.all_features(data)
+    with Progress(f"replaying {2 * len(data):,} events") as progress:
+        features, seconds = replays.all_features(data, progress)
     us = seconds * 1e6 / len(data)
     fact("events: transactions and labels", f"{2 * len(data):,}")
     fact("features per transaction", f"{len(features)}", "amount, weekend, night; 6 per customer, 6 per terminal")
@@ -179,8 +179,9 @@ def show_table(
     from penstock.demo import replays
 
     heading(4, "The published table, scored by the engine")
-    with Progress(f"scoring {past.transactions.num_rows:,} transactions with {len(training.RECIPES)} models"):
-        scores, features = replays.all_scores(past, models)
+    keys = [recipe.key for recipe in training.RECIPES]
+    with Progress(f"scoring {past.transactions.num_rows:,} transactions with {len(keys)} models") as progress:
+        scores, features = replays.all_scores(past, models, keys, progress)
     lines, outside = [], []
     for recipe in training.RECIPES:
         got = training.judge(data, rows, scores[recipe.key][rows - past.first_row])
@@ -214,9 +215,9 @@ def show_split(data: Transactions, rows: Rows, past: "History", models: Path) ->
     from penstock.demo import fraud, replays
 
     heading(5, "The experiment: two models, 50/50 over customers")
-    with Progress("deciding the test week"):
-        decided = replays.decisions(past, models)
-    arm, action = (decided[name][rows - past.first_row] for name in ("challenger", "action"))
+    with Progress("deciding the test week") as progress:
+        decided = replays.decisions(past, models, progress)
+    arm, action = (column[rows - past.first_row] for column in decided)
     customer, label = data.customer[rows], data.fraud[rows] == 1
     arms = list(fraud.fraud.experiments[0].arms)
     lines = []
