@@ -1,8 +1,8 @@
-"""The onnx rows: one row through ONNX Runtime's C API, beside InferenceSession.run of the same model in the same process.
+"""The onnx rows: one row through ONNX Runtime's C API, beside InferenceSession.run of the same model, interleaved.
 
 Models: a scaler + logistic regression on 15 features (the fraud pipeline's), and a 30-64-32 perceptron. Floor: the same
-call from C (a loop over rows without Python). Batches: ours go row by row, so that a row scores the same bits in score()
-and score_batch(); `run` with 256 rows at once is stated beside them. Run as a script: python bench/micro/onnx.py
+call from C (a loop over rows without Python). Batches: ours go row by row, so that a row scores the same bits in
+score() and score_batch(); `run` with 256 rows at once is stated beside them. As a script: python bench/micro/onnx.py
 """
 
 from __future__ import annotations
