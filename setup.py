@@ -19,9 +19,11 @@ SOURCES = "engine/penstock/_ext"
 C_FILES: dict[str, list[str]] = {
     "windows": ["window_state.c"],
     "trees": ["tree_kernel.c"],
-    "split": ["hashes.c"],
+    "split": ["hashes.c", "assignment.c"],
     "expressions": ["expression.c"],
-    "onnx": [],
+    "onnx": ["onnx_session.c"],
+    "events": [],
+    "decision": [],
     "core": [],
     "http": [],
 }

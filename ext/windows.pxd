@@ -2,27 +2,10 @@
 
 from libc.stdint cimport int16_t, int64_t, uint8_t, uint32_t, uint64_t
 
-cdef extern from "row.h" nogil:
-    ctypedef union ps_slot:
-        double f
-        int64_t i
-        uint64_t u
-
-    enum:
-        PS_FLOAT64
-        PS_INT64
-        PS_BOOL
-        PS_TIMESTAMP
-        PS_STRING
-        PS_PRESENT
-        PS_NULL_VALUE
-        PS_NOT_FOUND
-        PS_OUTSIDE_MAX_AGE
-        PS_WIDE
-
-    uint32_t PS_STR_OFFSET(uint64_t)
-    uint32_t PS_STR_LENGTH(uint64_t)
-    uint64_t PS_STR(uint32_t, uint32_t)
+from penstock._ext.row cimport (
+    PS_BOOL, PS_FLOAT64, PS_INT64, PS_INVALID, PS_NOT_FOUND, PS_NULL_VALUE, PS_OUTSIDE_MAX_AGE, PS_PRESENT, PS_STR,
+    PS_STRING, PS_STR_LENGTH, PS_STR_OFFSET, PS_TIMESTAMP, PS_WIDE, ps_slot,
+)
 
 cdef extern from "window_state.h" nogil:
     ctypedef struct ps_store:
@@ -81,20 +64,20 @@ cdef extern from "window_state.h" nogil:
         uint64_t max_bytes
 
     ctypedef struct ps_store_api:
-        uint64_t (*hash)(const ps_key *) noexcept
-        void (*prefetch)(const ps_store *, uint64_t) noexcept
-        void (*prefetch_blob)(const ps_store *, uint64_t) noexcept
-        ps_handle (*find)(ps_store *, const ps_key *, uint64_t) noexcept
-        ps_handle (*find_or_create)(ps_store *, const ps_key *, uint64_t) noexcept
-        int (*apply)(ps_store *, ps_handle, const ps_event *) noexcept
+        uint64_t (*hash)(const ps_key *) noexcept nogil
+        void (*prefetch)(const ps_store *, uint64_t) noexcept nogil
+        void (*prefetch_blob)(const ps_store *, uint64_t) noexcept nogil
+        ps_handle (*find)(ps_store *, const ps_key *, uint64_t) noexcept nogil
+        ps_handle (*find_or_create)(ps_store *, const ps_key *, uint64_t) noexcept nogil
+        int (*apply)(ps_store *, ps_handle, const ps_event *) noexcept nogil
         int (*read)(ps_store *, ps_handle, uint32_t, int64_t, const ps_event *, ps_slot *, uint8_t *,
-                    ps_arena *) noexcept
-        uint64_t (*version)(const ps_store *, ps_handle) noexcept
-        int (*sweep)(ps_store *, int64_t, uint32_t) noexcept
-        void (*stats)(const ps_store *, ps_store_stats *) noexcept
-        void (*log_position)(const ps_store *, ps_handle, int64_t *, int64_t *) noexcept
-        void (*forget_unused)(ps_store *, ps_handle) noexcept
-        uint64_t *(*engine_field)(ps_store *, ps_handle) noexcept
+                    ps_arena *) noexcept nogil
+        uint64_t (*version)(const ps_store *, ps_handle) noexcept nogil
+        int (*sweep)(ps_store *, int64_t, uint32_t) noexcept nogil
+        void (*stats)(const ps_store *, ps_store_stats *) noexcept nogil
+        void (*log_position)(const ps_store *, ps_handle, int64_t *, int64_t *) noexcept nogil
+        void (*forget_unused)(ps_store *, ps_handle) noexcept nogil
+        uint64_t *(*engine_field)(ps_store *, ps_handle) noexcept nogil
 
     enum:
         PS_LIFETIME

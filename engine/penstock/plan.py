@@ -197,6 +197,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     stores: list[StorePlan]
     views: dict[str, ViewPlan]
     pipelines: dict[str, PipelinePlan]
+    typed_entities: frozenset[str]
     fingerprint: str
 
 
@@ -277,6 +278,7 @@ class _Compiler:
             stores=self.stores,
             views=self.views,
             pipelines=pipelines,
+            typed_entities=frozenset(e.name for e in self.entities.values() if e.type is not None),
             fingerprint=_digest(text),
         )
 

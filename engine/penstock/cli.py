@@ -1,0 +1,64 @@
+"""The `penstock` command (control path): check, serve, demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .errors import PenstockError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="penstock", description="An event in, a decision out.")
+    parser.add_argument("--version", action="version", version=f"penstock {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    check = commands.add_parser("check", help="print an app's plan as tables, or what is wrong with it")
+    check.add_argument("app", help="a Python file or module with the app's definitions")
+    check.add_argument("--models", metavar="DIR", help="also bind the models in this folder")
+    serve = commands.add_parser("serve", help="serve an app over HTTP", add_help=False)
+    serve.add_argument("rest", nargs=argparse.REMAINDER)
+    demo = commands.add_parser("demo", help="run the fraud benchmark, then serve it", add_help=False)
+    demo.add_argument("rest", nargs=argparse.REMAINDER)
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    # serve and demo parse their own flags, so that their modules are imported only when they run.
+    if argv[:1] == ["serve"]:
+        from .server.command import main as serve_main
+
+        return _guarded(lambda: serve_main(argv[1:]))
+    if argv[:1] == ["demo"]:
+        from .demo.run import main as demo_main
+
+        return _guarded(lambda: demo_main(argv[1:]))
+    options = parser.parse_args(argv)
+    return _guarded(lambda: _check(options.app, options.models))
+
+
+def _guarded(run: object) -> int:
+    try:
+        return int(run() or 0)  # type: ignore[operator]
+    except PenstockError as error:
+        print(f"penstock: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def _check(app: str, models: str | None) -> int:
+    from .app import load_plan
+    from .describe import describe_plan
+
+    sys.path.insert(0, "")
+    plan = load_plan(app)
+    if models is not None:
+        from .engine import Engine
+
+        Engine(app, models=models)
+    print(describe_plan(plan))
+    return 0

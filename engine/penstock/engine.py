@@ -1,0 +1,571 @@
+"""The engine (control path): Plan + kernels -> score, score_batch, replay, ingest, features.
+
+This file only puts the native parts together and turns tables into addresses; what runs per event is in ext/core.pyx.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ._ext.core import Core, Pipe, Source, VerdictColumns
+from ._ext.decision import OUTCOMES, Decision, DecisionTexts
+from ._ext.events import EventReader
+from ._ext.windows import Output as NativeOutput
+from ._ext.windows import WindowStore
+from .app import App, load_plan
+from .definitions.event import Event
+from .errors import DefinitionError, EventError, PenstockError
+from .experiments.assignment import compile_experiment
+from .models.folder import resolve
+from .models.runtime import Runtime, load
+from .plan import EventPlan, ModelStep, PipelinePlan, Plan, StorePlan, suggestion
+from .tables import OutColumns, arrow_table, column_set, event_times, pyarrow
+from .timestamp import Timestamp
+
+__all__ = ["Engine", "FeatureRows"]
+
+Progress = Callable[[int], None]
+
+
+class FeatureRows(msgspec.Struct, frozen=True):
+    """Online feature values: per key one dict of values and one of statuses (S17), and the T they were read as of."""
+
+    view: str
+    as_of: Timestamp
+    rows: list[dict[str, Any]]
+    statuses: list[dict[str, str]]
+
+
+class Engine:
+    """One app in this process: its state, its models, and every way to use them. Calls may come from any thread.
+
+    app: a path to a Python file, a module or its name, or a mapping of names to definitions.
+    models: the model folder, `DIR/<name>/<version>/model.{onnx,txt,json,ubj}`; needed where a pipeline has models.
+    clock: "wall" (ingest time is wall time) or "event" (it is the event's own time: replay of history).
+
+    Raises DefinitionError, with every problem and its place, where the app or a model does not fit.
+    """
+
+    def __init__(self, app: App, *, models: str | Path | None = None, clock: str = "wall") -> None:
+        if clock not in ("wall", "event"):
+            raise ValueError(f'clock: expected "wall" or "event", got {clock!r}')
+        self.plan: Plan = load_plan(app)
+        self.clock = clock
+        self.models_folder = None if models is None else Path(models)
+        self._runtimes: dict[tuple[Any, ...], tuple[Runtime, str, str]] = {}
+        self._keys: dict[str, set[int]] = {name: set() for name in self.plan.events}
+        self._aggregated: dict[str, set[int]] = {name: set() for name in self.plan.events}
+        for store in self.plan.stores:
+            self._keys[store.event].add(store.key)
+            self._aggregated[store.event].update(store.columns)
+        for event in self.plan.events.values():
+            if event.event_id is not None:
+                self._keys[event.name].add(event.event_id)
+        for pipeline in self.plan.pipelines.values():
+            self._keys[pipeline.event].update(read.key for read in pipeline.reads)
+            self._keys[pipeline.event].update(step.unit for step in pipeline.experiments)
+        self._stores = [_window_store(store, self.plan.events[store.event]) for store in self.plan.stores]
+        self._constants = b""
+        sources = [self._source(event) for event in self.plan.events.values()]
+        pipes = [self._pipe(pipeline, sources) for pipeline in self.plan.pipelines.values()]
+        self.core = Core(sources, pipes, self._stores, self._constants, clock == "event")
+        self._pipeline_of: dict[type, int | None] = {}
+        for pipeline in self.plan.pipelines.values():
+            event_type = self.plan.events[pipeline.event].type
+            # None where several pipelines score this event: score() then needs the pipeline's name.
+            self._pipeline_of[event_type] = None if event_type in self._pipeline_of else pipeline.index
+
+    # scoring
+
+    def score(
+        self,
+        event: Event | Mapping[str, Any],
+        ingest: bool = True,
+        *,
+        pipeline: str | None = None,
+        explain: bool = False,
+    ) -> Decision:
+        """Score one event and, unless `ingest` is False, apply it to the state (SEMANTICS, one step).
+
+        explain: keep the feature values in the decision (`decision.features`, `decision.statuses`).
+        Raises EventError (refused, nothing changed), ScoringError (a function or model failed, no fallback).
+        """
+        if pipeline is None:
+            index = self._pipeline_of.get(type(event))
+            if index is None:
+                index = self._pipeline(event)
+        else:
+            index = self._named(pipeline).index
+        return self.core.score(index, event, ingest, explain)
+
+    def score_batch(
+        self, table: Any, ingest: bool = True, *, pipeline: str | None = None, explain: bool = False
+    ) -> Any:
+        """Score the rows of an Arrow table in table order: the same bits as score() on each row.
+
+        table: pyarrow, polars, pandas or a dict of columns, one column per field of the event. All or nothing on bad
+        input: the whole table is checked first.
+        Returns a pyarrow.Table with one row per input row: id, action, score, reasons, model, model_version, one
+        `arm.<experiment>` column each, outcome; with `explain` the pipeline's features too.
+        """
+        plan = self._named(pipeline) if pipeline is not None else self._only_pipeline()
+        event = self.plan.events[plan.event]
+        data = arrow_table(table)
+        columns = column_set(data, event, self._keys[event.name], self._aggregated[event.name])
+        return self._run([(event.index, columns, True)], None, data.num_rows, plan, ingest, True, explain, None)
+
+    def replay(
+        self,
+        tables: Mapping[str, Any],
+        out: str | None = None,
+        *,
+        decisions: bool | None = None,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Ingest history: rows of all tables merged by event time, equal times in the order of `tables`, then of rows.
+
+        tables: event type's name -> Arrow table. out: the pipeline whose event's rows are scored on the way.
+        Returns a pyarrow.Table with one row per row of out's event table, in that table's order: the pipeline's
+        features, then, where it has models, rules or experiments (or `decisions` says so), the decision columns of
+        score_batch. Without `out`: None. progress: told how many more rows are done, a few times a second.
+        """
+        plan = self._named(out) if out is not None else None
+        sets: list[tuple[int, Any, bool]] = []
+        times: list[Any] = []
+        scored_rows = 0
+        for position, (name, table) in enumerate(tables.items()):
+            event = self._event_named(name)
+            data = arrow_table(table)
+            columns = column_set(data, event, self._keys[name], self._aggregated[name])
+            scored = plan is not None and plan.event == name
+            sets.append((event.index, columns, scored))
+            times.append(event_times(data, event))
+            if scored:
+                scored_rows, scored_at = data.num_rows, position
+        if plan is not None and not any(s for _, _, s in sets):
+            raise PenstockError(f"replay: out={out!r} scores {plan.event}, but no table of {plan.event} was given")
+        order = _merge_order(times)
+        if decisions is None:
+            decisions = plan is not None and bool(plan.models or plan.rules or plan.experiments)
+        result = self._run(sets, order, scored_rows, plan, True, bool(decisions), True, progress)
+        if plan is None:
+            return None
+        if order is not None:
+            rows = order[1][order[0] == scored_at]
+            if not np.array_equal(rows, np.arange(scored_rows)):
+                inverse = np.empty(scored_rows, dtype=np.int64)
+                inverse[rows] = np.arange(scored_rows)
+                result = result.take(pyarrow().array(inverse))
+        return result
+
+    # ingesting and reading
+
+    def ingest(self, data: Any, event: str | None = None) -> Any:
+        """Apply an event, or every row of an Arrow table in table order, without scoring.
+
+        event: the event type's name; needed for dicts and tables where the app has several.
+        Returns the outcome (applied, duplicate, late, quarantined), or for a table the count of each.
+        """
+        if isinstance(data, Event):
+            plan = self.plan.events.get(type(data).__name__)
+            if plan is None or not isinstance(data, plan.type):
+                raise EventError("", f"{type(data).__name__} is no event of this app{self._known_events()}")
+            return self.core.ingest(plan.index, data)
+        plan = self._event_named(event) if event is not None else self._only_event()
+        if isinstance(data, dict) and not any(isinstance(v, (list, np.ndarray)) for v in data.values()):
+            return self.core.ingest(plan.index, data)
+        table = arrow_table(data)
+        columns = column_set(table, plan, self._keys[plan.name], self._aggregated[plan.name])
+        before = self.core.counters()["outcomes"][plan.name]
+        self.core.run_table([(plan.index, columns, False)], None, [], -1, True, None, None)
+        after = self.core.counters()["outcomes"][plan.name]
+        return {name: after[name] - before[name] for name in OUTCOMES if name != "off"}
+
+    def features(self, view: str, keys: Sequence[str | int], as_of: Any = None) -> FeatureRows:
+        """A view's values for some keys, as of T (default: the ingest clock now).
+
+        as_of: a Timestamp, datetime, RFC 3339 text or integer microseconds.
+        Raises ReplayNeeded where as_of is older than the online state reaches (S14).
+        """
+        plan = self.plan.views.get(view)
+        if plan is None:
+            raise PenstockError(f"no view {view!r}{suggestion(view, self.plan.views)}")
+        event = self.plan.events[plan.event]
+        if as_of is None:
+            watermark = self.core.watermark(event.index)
+            at = Timestamp.now() if self.clock == "wall" else Timestamp(watermark or 0)
+        else:
+            at = as_of if isinstance(as_of, Timestamp) else Timestamp.of(as_of)
+        for i, key in enumerate(keys):
+            if isinstance(key, bool) or not isinstance(key, (str, int)):
+                raise EventError(f".keys[{i}]", f"expected a string or an integer, got {type(key).__name__}")
+            if isinstance(key, int) and not -(2**63) <= key < 2**63:
+                raise EventError(f".keys[{i}]", "expected an integer of at most 64 bits")
+        found = self.core.read_view(
+            self._stores[plan.store],
+            event.index,
+            plan.group,
+            [_as_key(key, plan.key_type, self._typed_entity(plan.entity)) for key in keys],
+            at,
+            [o.type for o in plan.outputs],
+            [o.default for o in plan.outputs],
+        )
+        names = [o.name for o in plan.outputs]
+        return FeatureRows(
+            view,
+            at,
+            [dict(zip(names, values)) for values, _ in found],
+            [dict(zip(names, statuses)) for _, statuses in found],
+        )
+
+    # the engine itself
+
+    def stats(self) -> dict[str, Any]:
+        """Entities, events held and bytes per (source, entity), and the counters since start."""
+        stores = [
+            {"source": s.event, "entity": s.entity, "entities": n, "events": events, "bytes": used, "mapped": mapped}
+            for s, (n, events, used, mapped) in zip(self.plan.stores, self.core.store_stats())
+        ]
+        return {"stores": stores, **self.core.counters()}
+
+    def reopen(self) -> Engine:
+        """In a child process after a fork: go on with the state as it was, as an engine of its own."""
+        self.core.reopen()
+        return self
+
+    @property
+    def models(self) -> dict[str, dict[str, Any]]:
+        """Models in use: reference -> name, version, kind, inputs, outputs."""
+        return {
+            key[0]: {
+                "name": name,
+                "version": version,
+                "kind": runtime.kind,
+                "inputs": runtime.inputs,
+                "outputs": runtime.n_outputs,
+            }
+            for key, (runtime, name, version) in self._runtimes.items()
+        }
+
+    # putting the native parts together
+
+    def _source(self, event: EventPlan) -> Source:
+        reader = EventReader(event, self._keys[event.name], self._aggregated[event.name])
+        source = Source(event, reader)
+        stores = []
+        for index in event.stores:
+            store = self.plan.stores[index]
+            stores.append(
+                (
+                    self._stores[index],
+                    store.key,
+                    event.fields[store.key].type == "int64",
+                    store.key_type == "int64",
+                    store.columns,
+                    [predicate.program for predicate in store.predicates],
+                )
+            )
+        source.add_stores(stores)
+        return source
+
+    def _pipe(self, plan: PipelinePlan, sources: list[Source]) -> Pipe:
+        event = self.plan.events[plan.event]
+        actions = [plan.default_action]
+        for action in [*(step.rule.action for step in plan.rules), plan.fallback]:
+            if action is not None and action not in actions:
+                actions.append(action)
+        problems: list[str] = []
+        bound = []
+        for step in plan.models:
+            try:
+                bound.append(self._bind(plan, step))
+            except (DefinitionError, ValueError, PenstockError) as error:
+                problems.append(f'pipeline "{plan.name}": model {step.model.ref}: {error}')
+        if problems:
+            raise DefinitionError(problems)
+        models: list[tuple[str, str]] = []
+        for _, _, _, name, version in bound:
+            if (name, version) not in models:
+                models.append((name, version))
+        failures = [f"function {f.name} failed" for f in plan.functions]
+        failures += [f"model {step.model.ref} failed" for step in plan.models]
+        texts = DecisionTexts(
+            pipeline=plan.name,
+            actions=actions,
+            reasons=[step.rule.reason or step.rule.name for step in plan.rules],
+            models=models,
+            experiments=[step.experiment.name for step in plan.experiments],
+            arms=[list(step.experiment.arms) for step in plan.experiments],
+            failures=failures,
+            features=[(plan.slots[i].name, plan.slots[i].type, i) for i in plan.features],
+            fallback=plan.fallback,
+        )
+        pipe = Pipe(plan, sources[event.index], texts)
+        reads = []
+        for read in plan.reads:
+            view = self.plan.views[read.view]
+            defaults = [
+                (read.first_slot + i, self._default(o.default, o.type))
+                for i, o in enumerate(view.outputs)
+                if o.default is not None
+            ]
+            reads.append(
+                (
+                    self._stores[view.store],
+                    view.group,
+                    read.key,
+                    event.fields[read.key].type == "int64",
+                    view.key_type == "int64",
+                    read.first_slot,
+                    len(view.outputs),
+                    view.include_request_event,
+                    defaults,
+                )
+            )
+        pipe.add_reads(reads)
+        pipe.add_functions([self._function(step) for step in plan.functions])
+        experiments = []
+        for assign in plan.experiments:
+            arms = [self._constant(arm) for arm in assign.experiment.arms]
+            is_int = event.fields[assign.unit].type == "int64"
+            experiments.append((compile_experiment(assign.experiment), assign.unit, is_int, assign.slot, arms))
+        pipe.add_experiments(experiments)
+        pipe.add_models(
+            [
+                (
+                    runtime,
+                    runtime.abi,
+                    inputs,
+                    [plan.slots[i].type for i in inputs],
+                    output,
+                    step.slot,
+                    models.index((name, version)),
+                    step.guard,
+                    step.decides,
+                    not getattr(runtime, "row_exact", runtime.kind == "trees"),
+                )
+                for step, (runtime, inputs, output, name, version) in zip(plan.models, bound)
+            ]
+        )
+        pipe.add_rules([(step.expression.program, actions.index(step.rule.action)) for step in plan.rules])
+        return pipe
+
+    def _function(self, step: Any) -> tuple[Any, ...]:
+        from .functions import FunctionError, compile_function, python_function
+
+        try:
+            if step.definition.mode == "python":
+                call = python_function(step.definition.function, step.argument_types, step.type)
+                return (None, call, step.arguments, step.argument_types, step.slot, step.type)
+            compiled = compile_function(step.definition.function, step.argument_types, step.type, name=step.name)
+        except FunctionError as error:
+            raise DefinitionError(str(error)) from None
+        return (compiled.address, compiled, step.arguments, step.argument_types, step.slot, step.type)
+
+    def _bind(self, plan: PipelinePlan, step: ModelStep) -> tuple[Runtime, list[int], int, str, str]:
+        """A model and where its inputs stand in the row. A missing or surplus input is an error."""
+        runtime, name, version = self._runtime(step)
+        slots = plan.slot_types
+        inputs = list(step.model.inputs) if step.model.inputs is not None else runtime.inputs
+        if inputs is None:
+            raise DefinitionError(
+                f"the file names no inputs; say Model({step.model.ref!r}, inputs=[...]) with its {runtime.n_inputs} features"
+            )
+        if len(inputs) != runtime.n_inputs:
+            raise DefinitionError(f"takes {runtime.n_inputs} inputs, {len(inputs)} are named: {', '.join(inputs)}")
+        found = []
+        for feature in inputs:
+            name_in_row = feature if feature in slots else feature.replace("__", ".", 1)
+            if name_in_row not in slots:
+                raise DefinitionError(f"input {feature!r} is no feature{suggestion(feature, slots)}")
+            index, slot_type = slots[name_in_row]
+            if slot_type == "string":
+                raise DefinitionError(f"input {feature!r} is a string; models take numbers")
+            found.append(index)
+        output = step.model.output
+        if output is None:
+            if runtime.n_outputs > 2:
+                raise DefinitionError(f"has {runtime.n_outputs} outputs; say which is the score: output=...")
+            output = runtime.n_outputs - 1
+        if not 0 <= output < runtime.n_outputs:
+            raise DefinitionError(f"output={output}: it has outputs 0 to {runtime.n_outputs - 1}")
+        return runtime, found, output, name, version
+
+    def _runtime(self, step: ModelStep) -> tuple[Runtime, str, str]:
+        model = step.model
+        key = (model.ref, tuple(model.inputs) if model.inputs is not None else None)
+        if key not in self._runtimes:
+            if self.models_folder is None:
+                raise DefinitionError('no model folder was given; say Engine(app, models="DIR") or --models DIR')
+            found = resolve(self.models_folder, model.ref)
+            inputs = list(model.inputs) if model.inputs is not None else None
+            self._runtimes[key] = (load(found.path, inputs=inputs), found.name, str(found.version))
+        return self._runtimes[key]
+
+    def _constant(self, text: str) -> int:
+        """A string kept at the start of every arena: offset in the low 32 bits, length in the high 32."""
+        data = text.encode()
+        place = len(self._constants) | len(data) << 32
+        self._constants += data
+        return place
+
+    def _default(self, value: Any, slot_type: str) -> bytes:
+        if slot_type == "float64":
+            return struct.pack("<d", value)
+        if slot_type == "string":
+            return struct.pack("<Q", self._constant(value))
+        return struct.pack("<q", int(value))
+
+    # running tables
+
+    def _run(
+        self,
+        sets: list[tuple[int, Any, bool]],
+        order: Any,
+        rows: int,
+        plan: PipelinePlan | None,
+        ingest: bool,
+        decisions: bool,
+        features: bool,
+        progress: Progress | None,
+    ) -> Any:
+        if plan is None:
+            self.core.run_table(sets, order, [], -1, ingest, None, progress)
+            return None
+        columns = OutColumns([plan.slots[i] for i in plan.features] if features else [], rows)
+        verdicts = None
+        arrays: dict[str, Any] = {}
+        if decisions:
+            n_arms = len(plan.experiments)
+            arrays = {
+                "ids": np.empty(rows * 26, dtype=np.uint8),
+                "action": np.empty(rows, dtype=np.int16),
+                "model": np.empty(rows, dtype=np.int16),
+                "failed": np.empty(rows, dtype=np.int16),
+                "score": np.empty(rows, dtype=np.float64),
+                "fired": np.empty(rows, dtype=np.uint64),
+                "arms": np.empty(rows * max(1, n_arms), dtype=np.int8),
+                "outcome": np.empty(rows, dtype=np.uint8),
+            }
+            verdicts = VerdictColumns(**arrays)
+        texts = self.core.run_table(sets, order, columns.native, plan.index, ingest, verdicts, progress)
+        pa = pyarrow()
+        names = [slot.name for slot in columns.slots]
+        out = dict(zip(names, columns.arrays(texts)))
+        if decisions:
+            out.update(self._decision_columns(plan, arrays, rows))
+        return pa.table(out) if out else pa.table({"rows": pa.nulls(rows)}).select([])
+
+    def _decision_columns(self, plan: PipelinePlan, arrays: dict[str, Any], rows: int) -> dict[str, Any]:
+        pa = pyarrow()
+        texts: DecisionTexts = self.core.pipes[plan.index].decision_texts
+        offsets = np.arange(0, 26 * (rows + 1), 26, dtype=np.int64)
+        ids = pa.Array.from_buffers(pa.large_string(), rows, [None, pa.py_buffer(offsets), pa.py_buffer(arrays["ids"])])
+        failed = arrays["failed"]
+        # The first failure without a fallback is an error in score(); in a table its row has no action.
+        action = arrays["action"].copy()
+        if plan.fallback is None:
+            action[failed >= 0] = -1
+        fired, inverse = np.unique(np.stack([arrays["fired"], failed.astype(np.uint64)]), axis=1, return_inverse=True)
+        kinds = [list(texts.reasons_for(int(f), np.uint64(e).astype(np.int16).item())) for f, e in fired.T]
+        reasons = pa.array(kinds, type=pa.list_(pa.string())).take(pa.array(inverse.ravel()))
+        score = arrays["score"]
+        models = texts.models
+        columns = {
+            "id": ids.cast(pa.string()),
+            "action": _words(action, texts.actions),
+            "score": pa.array(score, mask=np.isnan(score)),
+            "reasons": reasons,
+            "model": _words(arrays["model"], [name for name, _ in models]),
+            "model_version": _words(arrays["model"], [version for _, version in models]),
+        }
+        arms = arrays["arms"].reshape(rows, -1)
+        for i, step in enumerate(plan.experiments):
+            columns[f"arm.{step.experiment.name}"] = _words(arms[:, i], list(step.experiment.arms))
+        columns["outcome"] = _words(arrays["outcome"], list(OUTCOMES))
+        return columns
+
+    # names
+
+    def _pipeline(self, event: Any) -> int:
+        if isinstance(event, Event) and type(event) not in self._pipeline_of:
+            raise EventError("", f"no pipeline scores {type(event).__name__}{suggestion('', self.plan.pipelines)}")
+        return self._only_pipeline().index
+
+    def _only_pipeline(self) -> PipelinePlan:
+        if len(self.plan.pipelines) != 1:
+            raise PenstockError(f"say which pipeline: pipeline=...{suggestion('', self.plan.pipelines)}")
+        return next(iter(self.plan.pipelines.values()))
+
+    def _named(self, pipeline: str) -> PipelinePlan:
+        plan = self.plan.pipelines.get(pipeline)
+        if plan is None:
+            raise PenstockError(f"no pipeline {pipeline!r}{suggestion(pipeline, self.plan.pipelines)}")
+        return plan
+
+    def _event_named(self, name: str) -> EventPlan:
+        plan = self.plan.events.get(name)
+        if plan is None:
+            raise PenstockError(f"no event {name!r}{suggestion(name, self.plan.events)}")
+        return plan
+
+    def _only_event(self) -> EventPlan:
+        if len(self.plan.events) != 1:
+            raise PenstockError(f"say which event: event=...{self._known_events()}")
+        return next(iter(self.plan.events.values()))
+
+    def _known_events(self) -> str:
+        return suggestion("", self.plan.events)
+
+    def _typed_entity(self, entity: str) -> bool:
+        """Whether the entity's type says that 1 and "1" are the same key."""
+        return entity in self.plan.typed_entities
+
+
+def _as_key(key: str | int, key_type: str, typed: bool) -> str | int:
+    """A key as its entity's type reads it."""
+    if typed and key_type == "string":
+        return str(key)
+    if typed and isinstance(key, str) and key.lstrip("-").isdecimal() and str(int(key)) == key:
+        return int(key)
+    return key
+
+
+def _window_store(store: StorePlan, event: EventPlan) -> WindowStore:
+    return WindowStore(
+        columns=[event.fields[c].type for c in store.columns],
+        outputs=[
+            NativeOutput(
+                function=o.function, column=o.column, where=o.where, window=o.window, closed=o.closed, ttl=o.ttl
+            )
+            for o in store.outputs
+        ],
+        groups=store.groups,
+        lateness=store.lateness,
+        n_where=len(store.wheres),
+        fingerprint=store.fingerprint,
+    )
+
+
+def _merge_order(times: list[Any]) -> Any:
+    """(table of each row, row in its table) by event time, then table, then row; None for one table in order."""
+    if len(times) == 1 and (len(times[0]) < 2 or bool((times[0][1:] >= times[0][:-1]).all())):
+        return None
+    every = np.concatenate(times) if times else np.empty(0, dtype=np.int64)
+    order = np.argsort(every, kind="stable")
+    starts = np.cumsum([0, *(len(t) for t in times)])
+    table = (np.searchsorted(starts, order, side="right") - 1).astype(np.uint8)
+    return table, (order - starts[table]).astype(np.int64)
+
+
+def _words(codes: Any, words: Sequence[str]) -> Any:
+    """Codes as strings; a negative code is null."""
+    pa = pyarrow()
+    indices = pa.array(codes.astype(np.int32), mask=codes < 0)
+    return pa.DictionaryArray.from_arrays(indices, pa.array(list(words), type=pa.string())).cast(pa.string())

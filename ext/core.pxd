@@ -1,0 +1,220 @@
+from libc.stdint cimport int8_t, int16_t, int64_t, uint8_t, uint32_t, uint64_t
+
+from penstock._ext.decision cimport Decision, DecisionTexts, IdSource, Verdict
+from penstock._ext.events cimport Column, ColumnSet, EventReader
+from penstock._ext.expressions cimport ps_expression_api, ps_program
+from penstock._ext.row cimport ps_slot
+from penstock._ext.split cimport ps_experiment, ps_split_api
+from penstock._ext.windows cimport ps_arena, ps_event, ps_handle, ps_key, ps_store, ps_store_api
+
+cdef enum:
+    MAX_KEYS = 16             # different keys of one event
+    MAX_STORES = 16           # stores that one event updates
+    MAX_COLUMNS = 64          # used columns of one store
+    MAX_ARGUMENTS = 32        # of one function
+    BLOCK = 256               # rows per slice of a batch
+
+
+cdef extern from "model.h" nogil:
+    ctypedef struct ps_model:
+        int (*predict)(const ps_model *self, const double *x, size_t rows, size_t stride, double *out) noexcept nogil
+        void *state
+        uint32_t n_inputs
+        uint32_t n_outputs
+
+
+ctypedef uint8_t (*native_function)(const double *args_f, const int64_t *args_i, double *out_f,
+                                    int64_t *out_i) noexcept nogil
+
+# Where a key stands in the row, and how its text or integer is turned into the entity's type.
+ctypedef struct KeyRef:
+    int slot
+    uint8_t is_int            # the slot's type
+    uint8_t to_int            # the key's type
+
+# A store that an event updates.
+ctypedef struct Use:
+    const ps_store_api *api
+    ps_store *store
+    int key
+    int n_columns
+    int *fields
+    int n_where
+    const ps_program **programs
+    const ps_expression_api *expressions
+
+ctypedef struct Default:
+    int slot
+    ps_slot value
+
+# A view that a pipeline reads.
+ctypedef struct Read:
+    const ps_store_api *api
+    ps_store *store
+    uint32_t group
+    int key
+    int first
+    int use                   # index of the event's own use of the same store and key, or -1
+    uint8_t with_event        # include_request_event (S8)
+    int n_outputs
+    int n_defaults
+    Default *defaults
+
+ctypedef struct Function:
+    native_function call      # NULL: a Python function
+    int n_args
+    int *args
+    uint8_t *arg_types
+    int slot
+    uint8_t type
+
+ctypedef struct Assign:
+    const ps_experiment *experiment
+    const ps_split_api *api
+    int unit
+    uint8_t unit_is_int
+    int slot
+    uint64_t *arms            # PS_STR of each arm's name in the arena's constants
+
+ctypedef struct ModelRun:
+    const ps_model *model
+    int n_inputs
+    int *inputs
+    uint8_t *types
+    int output
+    int slot
+    int index                 # in DecisionTexts.models
+    int guard_experiment      # -1: always runs
+    int guard_arm
+    uint8_t decides
+    uint8_t row_by_row        # a batch may round differently: one row at a time
+
+ctypedef struct RuleRun:
+    const ps_program *program
+    const ps_expression_api *api
+    int16_t action
+
+ctypedef struct SourceC:
+    int n_fields
+    int time
+    int n_uses
+    Use *uses
+    int n_keys
+    KeyRef keys[MAX_KEYS]
+    int64_t watermark
+    int64_t lateness
+    int64_t max_skew
+    uint64_t outcomes[8]
+    uint32_t applied          # since the last sweep
+
+ctypedef struct PipeC:
+    int n_slots
+    int n_keys
+    KeyRef keys[MAX_KEYS]
+    int n_reads
+    Read *reads
+    int n_functions
+    Function *functions
+    int n_assigns
+    Assign *assigns
+    int n_models
+    ModelRun *models
+    int n_rules
+    RuleRun *rules
+    int score
+    int16_t default_action
+    int16_t fallback          # -1: a failure is an error
+    uint64_t *action_counts
+    uint64_t *model_counts
+    uint64_t *arm_counts      # MAX_EXPERIMENTS x (64 arms + 1)
+
+# One row's keys, hashes and handles.
+ctypedef struct RowKeys:
+    ps_key key[MAX_KEYS]
+    uint64_t hash[MAX_KEYS]
+    char text[MAX_KEYS][24]
+
+
+cdef class Source:
+    cdef:
+        SourceC c
+        readonly EventReader reader
+        readonly str name
+        readonly int index
+        bint has_id
+        int64_t remember      # lateness + retry_window
+        int64_t turned        # watermark at which the ids were last turned over
+        dict seen             # event id -> Decision, or None where it was only ingested
+        dict seen_before
+        list keep
+
+    cdef int add_key(self, int slot, bint is_int, bint to_int) except -1
+    cdef void turn_over(self)
+
+
+cdef class Pipe:
+    cdef:
+        PipeC c
+        readonly Source source
+        readonly str name
+        readonly int index
+        DecisionTexts texts
+        tuple python_functions
+        list keep
+
+
+cdef class Rows:
+    """Memory for a block of rows of one width: slots, statuses, strings, keys, verdicts."""
+    cdef:
+        int capacity
+        int width
+        ps_slot *slots
+        uint8_t *status
+        ps_arena arena
+        RowKeys *keys
+        Verdict *verdicts
+        double *matrix
+        double *scores
+        int *picked
+        int64_t *ingest_times
+
+
+cdef class Core:
+    cdef:
+        readonly list sources
+        readonly list pipes
+        list stores
+        dict source_of            # event class -> Source
+        list keep
+        Rows single
+        bytes constants
+        IdSource ids
+        int64_t last_now
+        int64_t sequence
+        bint event_clock
+        unsigned long owner
+        bint forked
+        void *mutex
+        int deployment
+        object __weakref__
+
+    cdef int enter(self) except -1
+    cdef int leave(self) except -1
+    cdef int64_t now(self) noexcept nogil
+    cdef int prepare_keys(self, const KeyRef *refs, int n, ps_slot *slots, ps_arena *arena, RowKeys *keys) noexcept nogil
+    cdef int advance(self, SourceC *source, PipeC *pipe, void *pipe_object, ps_slot *slots, uint8_t *status, ps_arena *arena,
+                     RowKeys *keys, int64_t ingest_time, int ingest, Verdict *verdict) noexcept nogil
+    cdef int read_views(self, PipeC *pipe, RowKeys *keys, ps_handle *handles, const ps_event *events, int applied,
+                        int with_event, int64_t as_of, ps_slot *slots, uint8_t *status, ps_arena *arena) noexcept nogil
+    cdef void run_models(self, PipeC *pipe, Rows rows, const int *which, int n) noexcept nogil
+    cdef void decide(self, PipeC *pipe, ps_slot *slots, uint8_t *status, ps_arena *arena, Verdict *verdict) noexcept nogil
+    cdef Decision finish(self, Pipe pipe, Rows rows, int row, int64_t now, bint explain)
+    cdef void take_score(self, PipeC *pipe, ModelRun *run, int m, Rows rows, int row, const double *scores, int code) noexcept nogil
+    cdef void sweep(self, SourceC *source) noexcept nogil
+    cdef object id_of(self, Source source, ps_slot *slots, ps_arena *arena)
+    cdef void hash_keys(self, int n_keys, Read *reads, int n_reads, SourceC *source, RowKeys *keys) noexcept nogil
+    cdef int validate(self, Source source, list events) except -1
+    cdef int ingest_one(self, Source source, object event) except -1
+    cdef Decision score_one(self, Pipe pipe, object event, bint ingest, bint explain)
+    cpdef Decision score(self, Py_ssize_t pipeline, object event, bint ingest=*, bint explain=*)
+    cpdef list score_many(self, Py_ssize_t pipeline, list events, bint ingest=*, bint explain=*)
