@@ -207,14 +207,41 @@ class Timestamp(int):
             return cls(int(value.astype(np.int64)) * count * coarser[unit])
         return cls(int(value.astype("datetime64[D]").astype(np.int64)) * DAY)  # months and years
 
-    year = property(year_of)
-    month = property(month_of, doc="1 to 12")
-    day = property(day_of, doc="of the month, from 1")
-    hour = property(hour_of)
-    minute = property(minute_of)
-    second = property(second_of)
-    microsecond = property(microsecond_of)
-    weekday = property(weekday_of, doc="Monday is 0")
+    @property
+    def year(self) -> int:
+        return year_of(self)
+
+    @property
+    def month(self) -> int:
+        """1 to 12."""
+        return month_of(self)
+
+    @property
+    def day(self) -> int:
+        """Of the month, from 1."""
+        return day_of(self)
+
+    @property
+    def hour(self) -> int:
+        return hour_of(self)
+
+    @property
+    def minute(self) -> int:
+        return minute_of(self)
+
+    @property
+    def second(self) -> int:
+        return second_of(self)
+
+    @property
+    def microsecond(self) -> int:
+        """Of the second."""
+        return microsecond_of(self)
+
+    @property
+    def weekday(self) -> int:
+        """Monday is 0."""
+        return weekday_of(self)
 
     def datetime(self) -> datetime:
         """The same instant as an aware datetime in UTC. Raises OverflowError outside the years 1 to 9999."""

@@ -54,6 +54,7 @@ class OnnxRuntime:
         self.n_inputs = self.model.n_inputs
         self.n_outputs = self.model.n_outputs
         self.output_names = output_names(shown or self.model.output, self.n_outputs)
+        self.row_exact = True
 
     @classmethod
     def load(cls, path: Path, inputs: Sequence[str] | None, output: str | None, name: str) -> OnnxRuntime:
@@ -64,6 +65,10 @@ class OnnxRuntime:
     @property
     def abi(self) -> int:
         return self.model.abi
+
+    @property
+    def error(self) -> str:
+        return self.model.error
 
     def warm(self) -> None:
         self.model.predict(np.zeros((1, self.n_inputs)))

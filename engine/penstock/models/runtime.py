@@ -32,6 +32,7 @@ class Runtime(Protocol):
     n_inputs: int
     n_outputs: int
     output_names: tuple[str, ...]
+    row_exact: bool  # a row scores the same bits alone and in a batch
 
     @classmethod
     def load(cls, path: Path, inputs: Sequence[str] | None, output: str | None, name: str) -> Runtime:
@@ -41,6 +42,11 @@ class Runtime(Protocol):
     @property
     def abi(self) -> int:
         """Address of the ps_model (ext/model.h); valid while this object lives."""
+        ...
+
+    @property
+    def error(self) -> str:
+        """Why predict last failed, or ''."""
         ...
 
     def warm(self) -> None:
@@ -63,6 +69,7 @@ class TreeRuntime:
         self.n_inputs: int = model.n_inputs
         self.n_outputs: int = model.n_outputs
         self.output_names = output_names("score", self.n_outputs)
+        self.row_exact: bool = getattr(model, "row_exact", True)
 
     @classmethod
     def load(cls, path: Path, inputs: Sequence[str] | None, output: str | None, name: str) -> TreeRuntime:
@@ -83,6 +90,10 @@ class TreeRuntime:
     def abi(self) -> int:
         address: int = self.model.abi
         return address
+
+    @property
+    def error(self) -> str:
+        return ""  # the kernel does not fail on a row
 
     def warm(self) -> None:
         self.model.predict(np.zeros((1, self.n_inputs)))
