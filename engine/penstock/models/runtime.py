@@ -32,7 +32,7 @@ class Runtime(Protocol):
     n_inputs: int
     n_outputs: int
     output_names: tuple[str, ...]
-    row_exact: bool  # a row scores the same bits alone and in a batch
+    row_exact: bool  # in a batch a row gets the bits, or the failure, that it would get alone
 
     @classmethod
     def load(cls, path: Path, inputs: Sequence[str] | None, output: str | None, name: str) -> Runtime:
