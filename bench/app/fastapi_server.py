@@ -1,4 +1,4 @@
-"""The FastAPI peer: the same 100-tree model behind FastAPI + ONNX Runtime, one uvicorn process, features in the request.
+"""The FastAPI peer: the same 100-tree model behind FastAPI + ONNX Runtime, one uvicorn process, features in requests.
 
 It computes no feature, splits nothing and applies no rule: less work than ours. FRAUD_MODEL names the ONNX file.
 """

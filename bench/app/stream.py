@@ -59,17 +59,19 @@ class Stream:
         }
 
 
-def transactions(n: int, seed: int = 7, start: int = START) -> Stream:
-    """n transactions, one every 9 s from `start`; about 1 % frauds, at compromised terminals and in large amounts."""
+def transactions(n: int, seed: int = 7, scale: int = 1) -> Stream:
+    """n transactions, one every 9 / `scale` seconds from START over `scale` times the usual customers and terminals;
+    about 1 % frauds, at compromised terminals and in large amounts."""
     rng = np.random.default_rng(seed)
-    rate = rng.gamma(2.0, size=CUSTOMERS)
-    customer = rng.choice(CUSTOMERS, size=n, p=rate / rate.sum())
-    terminal = rng.integers(0, TERMINALS, size=n)
-    usual = rng.uniform(5, 100, size=CUSTOMERS)
+    customers, terminals = scale * CUSTOMERS, scale * TERMINALS
+    rate = rng.gamma(2.0, size=customers)
+    customer = rng.choice(customers, size=n, p=rate / rate.sum())
+    terminal = rng.integers(0, terminals, size=n)
+    usual = rng.uniform(5, 100, size=customers)
     amount = np.round(np.abs(rng.normal(usual[customer], usual[customer] / 2)) + 0.01, 2)
-    at = (start + STEP * np.arange(n, dtype=np.int64)) * 1_000_000
+    at = START * 1_000_000 + STEP * 1_000_000 * np.arange(n, dtype=np.int64) // scale
     # A terminal is compromised in some of the 30-day spans.
-    compromised = rng.random((TERMINALS, 64)) < 0.01
+    compromised = rng.random((terminals, 64)) < 0.01
     bad = compromised[terminal, (at // (30 * 86_400_000_000)) % 64]
     fraud = (bad & (rng.random(n) < 0.7)) | ((amount > 180) & (rng.random(n) < 0.5)) | (rng.random(n) < 0.001)
     return Stream(customer, terminal, amount, fraud.astype(np.float64), at)

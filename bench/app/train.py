@@ -1,7 +1,7 @@
 """Trains and stores the benchmark's models: two LightGBM ensembles of 100 trees x 31 leaves on the fraud features.
 
-`folder()` gives DIR with DIR/fraud_trees/{1,2}/model.txt (ours) and DIR/peers/fraud_trees.onnx (ONNX Runtime's);
-trained once per version of this file and of stream.py, then read from the cache. Run as a script it prints DIR.
+`folder()` gives DIR with DIR/models/fraud_trees/{1,2}/model.txt (ours) and DIR/fraud_trees.onnx (version 1, for ONNX
+Runtime); trained once per version of this file and of stream.py, then read from the cache. As a script it prints DIR.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ ROWS, TREES, LEAVES = 200_000, 100, 31
 def folder() -> Path:
     """The folder that holds the models, trained if need be (a few seconds)."""
     version = hashlib.sha256(b"".join((HERE / name).read_bytes() for name in ("train.py", "stream.py"))).hexdigest()
-    ready = CACHE / f"models-{version[:12]}"
+    ready = CACHE / f"fraud-{version[:12]}"
     if not ready.exists():
-        draft = CACHE / f"models-{os.getpid()}"
+        draft = CACHE / f"fraud-{os.getpid()}"
         shutil.rmtree(draft, ignore_errors=True)
         train(draft)
         try:
@@ -61,7 +61,7 @@ def train(target: Path) -> None:
         leaves = [t["num_leaves"] for t in booster.dump_model()["tree_info"]]
         if len(leaves) != TREES or min(leaves) < LEAVES:
             raise RuntimeError(f"expected {TREES} trees of {LEAVES} leaves, trained {len(leaves)} of {min(leaves)}+")
-        place = target / "fraud_trees" / str(version)
+        place = target / "models" / "fraud_trees" / str(version)
         place.mkdir(parents=True)
         booster.save_model(place / "model.txt")
         if version == 1:
@@ -71,8 +71,7 @@ def train(target: Path) -> None:
                 zipmap=False,
                 target_opset=15,
             )
-            (target / "peers").mkdir()
-            (target / "peers" / "fraud_trees.onnx").write_bytes(onnx.SerializeToString())
+            (target / "fraud_trees.onnx").write_bytes(onnx.SerializeToString())
 
 
 if __name__ == "__main__":

@@ -111,7 +111,8 @@ def pandas_columns(results: list[Any]) -> dict[str, np.ndarray]:
 
 def numba_loop() -> Any:
     """A streaming loop, per event what an online engine does at least: per window a tail, a running sum, a deque of
-    falling maxima, all linked through arrays. Returns f(keys, at, value, entities, lengths) -> 4 arrays (windows, n)."""
+    falling maxima, all linked through arrays. Returns f(keys, at, value, entities, lengths) -> 4 arrays (windows, n)
+    of count, sum, mean, max."""
     import numba
 
     @numba.njit(cache=False)

@@ -1,0 +1,274 @@
+"""The HTTP rows: our server beside a constant-answer floor and FastAPI, and the cold start.
+
+The server stands on core 0 and the client on core 1; 64 keep-alive connections, no pipelining, the full fraud
+pipeline with its state in use: event times rise by 3 s per request, labels are ingested between the slices.
+CPU per request is user + system time of the server over a slice divided by the answers of that slice.
+Run as a script: python bench/load/serving.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.remove(str(Path(__file__).resolve().parent))
+
+from app import stream, train
+from load.generator import CACHE, Server, answer_of, free_port, run_load
+from rows import error_row, row
+from timing import note
+
+COMMAND = "make bench ARGS='--only http'"
+BENCH = Path(__file__).resolve().parents[1]
+SCALE = 3  # 15,000 customers, 30,000 terminals, one event every 3 s
+PATH = "/v1/score/fraud"
+CONNECTIONS = 64
+SLICES, SLICE_S = 7, 5.0
+TAIL_RUNS, TAIL_S, TAIL_WARM_S = 5, 4.0, 1.0
+WARM_S = 12.0
+
+
+def time_text(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def bodies() -> Path:
+    """200,000 transactions, one JSON object per line, with a place for loadgen to write the event time."""
+    path = CACHE / "transactions.jsonl"
+    data = stream.transactions(200_000, seed=19, scale=SCALE)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as f:
+        for customer, terminal, amount in zip(data.customer.tolist(), data.terminal.tolist(), data.amount.tolist()):
+            f.write(f'{{"customer":"C{customer}","terminal":"T{terminal}","amount":{amount},"at":"{"@" * 20}"}}\n')
+    return path
+
+
+def feature_bodies() -> Path:
+    """The FastAPI peer's requests: the 15 features as a list, 20,000 lines."""
+    path = CACHE / "features.jsonl"
+    data = stream.transactions(60_000, seed=19)
+    with path.open("w") as f:
+        for values in stream.features(data)[-20_000:].round(6).tolist():
+            f.write(json.dumps({"features": values}) + "\n")
+    return path
+
+
+class Ours:
+    """Our server under load: keeps the event time moving and the labels flowing."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.stamp = stream.START + 30 * 86_400
+        self.bodies = bodies()
+        self.server = our_server(self.port, self.stamp - 30 * 86_400)
+
+    def __enter__(self) -> Ours:
+        self.server.__enter__()
+        self.label_until = self.stamp - 12 * 86_400
+        self.ingest_labels()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.__exit__()
+
+    def ingest_labels(self) -> None:
+        """One label for every terminal, spread evenly over the event time since the last call."""
+        count = SCALE * stream.TERMINALS
+        begin, end = self.label_until, self.stamp
+        for first in range(0, count, 5_000):
+            part = [
+                {
+                    "terminal": f"T{(i * 7919) % count}",
+                    "fraud": float(i % 97 == 0),
+                    "at": time_text(begin + 1 + (end - begin - 1) * i // count),
+                }
+                for i in range(first, first + 5_000)
+            ]
+            status, answer = answer_of(self.port, "POST", "/v1/events/FraudLabel", json.dumps(part).encode(), 30.0)
+            if status != 200:
+                raise RuntimeError(f"labels were refused: {status} {answer[:300]!r}")
+        self.label_until = end
+
+    def load(self, **options: Any) -> dict[str, Any]:
+        result = run_load(
+            self.port,
+            path=PATH,
+            bodies=self.bodies,
+            connections=CONNECTIONS,
+            stamp_start=self.stamp,
+            stamp_step=stream.STEP // SCALE,
+            **options,
+        )
+        self.stamp = result["next_stamp"]
+        return result
+
+
+def our_server(port: int, probe_at: int) -> Server:
+    probe = {"customer": "probe", "terminal": "probe", "amount": 1.0, "at": time_text(probe_at)}
+    return Server(
+        [
+            *(sys.executable, "-m", "penstock", "serve", str(BENCH / "app" / "fraud_bench.py")),
+            *("--port", str(port), "--models", str(train.folder() / "models")),
+        ],
+        port,
+        probe=("POST", PATH, json.dumps(probe).encode()),
+        name="penstock",
+    )
+
+
+def floor_server(port: int, length: int) -> Server:
+    command = [sys.executable, str(BENCH / "load" / "floor_server.py"), "--port", str(port), "--length", str(length)]
+    return Server(command, port, name="floor")
+
+
+def fastapi_server(port: int) -> Server:
+    return Server(
+        [
+            *(sys.executable, "-m", "uvicorn", "app.fastapi_server:app", "--port", str(port)),
+            *("--log-level", "warning", "--no-access-log"),
+        ],
+        port,
+        probe=("GET", "/health", None),
+        env={"FRAUD_MODEL": str(train.folder() / "fraud_trees.onnx"), "OMP_NUM_THREADS": "1"},
+        cwd=BENCH,
+        name="fastapi",
+    )
+
+
+def sliced(server: Server, load: Any) -> tuple[float, float]:
+    """CPU microseconds of the server per answer, and answers per second, of one closed-loop slice."""
+    before = server.cpu_seconds()
+    result = load(duration=SLICE_S)
+    return 1e6 * (server.cpu_seconds() - before) / result["total_requests"], result["requests_per_s"]
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def score_rows(ours: Ours, floor: Server, floor_load: Any) -> list[dict[str, Any]]:
+    """Throughput: CPU per request against the floor's, in interleaved slices."""
+    mine, bare = [], []
+    for _ in range(SLICES):
+        mine.append(sliced(ours.server, ours.load))
+        bare.append(sliced(floor, floor_load))
+        ours.ingest_labels()
+    cpu, floor_cpu = median([c for c, _ in mine]), median([c for c, _ in bare])
+    rate, floor_rate = median([r for _, r in mine]), median([r for _, r in bare])
+    return [
+        row("http.score_ratio_to_floor", floor_cpu / cpu, "floor/ours", COMMAND),
+        row("http.score_cpu_us", cpu, "us/request", COMMAND, floor_cpu, cpu / floor_cpu),
+        row("http.score_requests_per_s", rate, "requests/s", COMMAND, floor_rate, rate / floor_rate),
+    ]
+
+
+def tail_rows(ours: Ours, floor_load: Any, rate: float) -> list[dict[str, Any]]:
+    """Latency at half of our maximum rate, timed from the intended send time, the floor at the same rate."""
+    mine, bare = [], []
+    for seed in range(TAIL_RUNS):
+        options = {"rate": round(rate), "duration": TAIL_S, "warmup": TAIL_WARM_S, "seed": seed}
+        mine.append(ours.load(**options))
+        bare.append(floor_load(**options))
+        ours.ingest_labels()
+    rows = []
+    for name, key in (("p50", "p50_us"), ("p99", "p99_us"), ("p999", "p999_us")):
+        value, floor = (median([r[key] for r in runs]) / 1000 for runs in (mine, bare))
+        if name == "p99":
+            rows.append(row("http.p99_ratio_to_floor", value / floor, "ours/floor", COMMAND))
+        rows.append(row(f"http.{name}_ms", value, "ms", COMMAND, floor, value / floor))
+    lag = median([r["send_lag_p99_us"] for r in mine]) / 1000
+    rows.append(row("http.p99_rate", round(rate), "requests/s", COMMAND))
+    rows.append(row("http.p99_wait_for_connection_ms", lag, "ms", COMMAND))
+    return rows
+
+
+def fastapi_rows(ours: Ours) -> list[dict[str, Any]]:
+    """The same model behind FastAPI + ONNX Runtime, features in the request, against our full pipeline."""
+    port, lines = free_port(), feature_bodies()
+    mine, theirs = [], []
+    with fastapi_server(port):
+        for _ in range(3):
+            mine.append(ours.load(duration=3.0)["requests_per_s"])
+            theirs.append(
+                run_load(port, path="/score", bodies=lines, connections=CONNECTIONS, duration=4.0, warmup=1.0)[
+                    "requests_per_s"
+                ]
+            )
+    value, peer = median(mine), median(theirs)
+    return [
+        row("http.fastapi_ratio", value / peer, "ours/fastapi", COMMAND),
+        row("http.fastapi_requests_per_s", peer, "requests/s", COMMAND),
+    ]
+
+
+def cold_start_rows() -> list[dict[str, Any]]:
+    """Process start to the first scored event, second start onward (compiled functions and files are cached)."""
+    starts: list[float] = []
+    for _ in range(4):
+        port = free_port()
+        with our_server(port, stream.START) as server:
+            starts.append(server.started_s)
+    port = free_port()
+    with floor_server(port, 300) as server:
+        floor = server.started_s
+    value = median(starts[1:])
+    return [row("cold_start_s", value, "s", COMMAND, floor, value / floor)]
+
+
+def run() -> list[dict[str, Any]]:
+    if (os.cpu_count() or 1) < 2:
+        note("one core: client and server share it, the HTTP rows say less")
+    note("models and requests")
+    train.folder()
+    rows: list[dict[str, Any]] = []
+
+    def piece(names: tuple[str, ...], make: Any, *arguments: Any) -> list[dict[str, Any]]:
+        try:
+            made: list[dict[str, Any]] = make(*arguments)
+        except Exception as e:
+            made = [error_row(name, f"{type(e).__name__}: {e}", COMMAND) for name in names]
+        rows.extend(made)
+        return made
+
+    note("cold start, 4 times")
+    piece(("cold_start_s",), cold_start_rows)
+    names = ("http.score_ratio_to_floor", "http.p99_ratio_to_floor", "http.fastapi_ratio")
+    try:
+        with Ours() as ours:
+            note(f"warming up for {WARM_S:.0f} s")
+            length = round(ours.load(duration=WARM_S)["response_bytes_mean"])
+            ours.ingest_labels()
+            port = free_port()
+            with floor_server(port, length) as floor:
+
+                def floor_load(**options: Any) -> dict[str, Any]:
+                    return run_load(port, path=PATH, bodies=ours.bodies, connections=CONNECTIONS, **options)
+
+                floor_load(duration=1.0)
+                note(f"{SLICES} interleaved slices of {SLICE_S:.0f} s against a floor of {length} bytes")
+                made = piece(names[:1], score_rows, ours, floor, floor_load)
+                if made[0]["value"] is not None:
+                    rate = made[2]["value"] / 2
+                    note(f"open loop at {rate:,.0f} requests/s, {TAIL_RUNS} interleaved runs")
+                    piece(names[1:2], tail_rows, ours, floor_load, rate)
+                else:
+                    piece(names[1:2], lambda: [error_row(names[1], "the maximum rate is not known", COMMAND)])
+            note("FastAPI + ONNX Runtime")
+            piece(names[2:], fastapi_rows, ours)
+    except Exception as e:
+        have = {r["name"] for r in rows}
+        rows += [error_row(n, f"{type(e).__name__}: {e}", COMMAND) for n in names if n not in have]
+    return rows
+
+
+if __name__ == "__main__":
+    from rows import table
+
+    print(table(run()))
