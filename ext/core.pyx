@@ -43,7 +43,7 @@ cdef extern from "pthread.h" nogil:
     int pthread_mutex_unlock(pthread_mutex_t *)
 
 cdef extern from "time.h" nogil:
-    ctypedef struct timespec:
+    struct timespec:
         long tv_sec
         long tv_nsec
     int clock_gettime(int, timespec *)
@@ -950,7 +950,7 @@ cdef class Core:
         arms = {}
         models = {}
         for source in self.sources:
-            outcomes[source.name] = {OUTCOMES[i]: source.c.outcomes[i] for i in range(N_OUTCOMES)}
+            outcomes[source.name] = {OUTCOMES[i]: source.c.outcomes[i] for i in range(<int>N_OUTCOMES)}
         for pipe in self.pipes:
             actions[pipe.name] = {name: pipe.c.action_counts[i] for i, name in enumerate(pipe.texts.actions)}
             models[pipe.name] = {f"{name}@{version}": pipe.c.model_counts[i]
@@ -1314,8 +1314,10 @@ cdef class BatchRun:
             slots = rows.slots + i * rows.width
             this = pipe if self.scored[table] else NULL
             # Views of strings append to the arena: keys point into it, and it may have moved.
-            self.core.prepare_keys(this.keys if this != NULL else source.keys, this.n_keys if this != NULL else source.n_keys,
-                                   slots, &rows.arena, &rows.keys[i])
+            if this != NULL:
+                self.core.prepare_keys(this.keys, this.n_keys, slots, &rows.arena, &rows.keys[i])
+            else:
+                self.core.prepare_keys(source.keys, source.n_keys, slots, &rows.arena, &rows.keys[i])
             rows.ingest_times[i] = slots[source.time].i if self.core.event_clock else now
             if self.core.advance(source, this, <void *>self.pipe, slots, rows.status + i * rows.width, &rows.arena,
                                  &rows.keys[i], rows.ingest_times[i], modes[i] if have_modes else self.ingest,

@@ -4,11 +4,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 
-cdef extern from "row.h" nogil:
-    ctypedef union ps_slot:
-        double f
-        int64_t i
-        uint64_t u
+from penstock._ext.row cimport ps_slot
 
 
 cdef extern from "expression.h" nogil:

@@ -41,8 +41,12 @@ def load_app(app: App) -> tuple[ModuleType | Mapping[str, Any], str]:
 
 def _load_file(path: Path) -> ModuleType:
     resolved = path.resolve()
-    # A name of its own, so that two apps called app.py do not meet; in sys.modules, so that annotations resolve.
-    name = f"penstock_app_{path.stem}_{hashlib.blake2b(str(resolved).encode(), digest_size=4).hexdigest()}"
+    # A name of its own, so that two apps called app.py do not meet; in sys.modules, so that annotations resolve and an
+    # unchanged file that is loaded again gives the same classes.
+    digest = hashlib.blake2b(str(resolved).encode() + b"\0" + resolved.read_bytes(), digest_size=8).hexdigest()
+    name = f"penstock_app_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, resolved)
     if spec is None or spec.loader is None:
         raise DefinitionError(f"app {path}: not a Python file")
@@ -51,10 +55,13 @@ def _load_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except DefinitionError:
+        del sys.modules[name]
         raise
     except SyntaxError as error:
+        del sys.modules[name]
         raise DefinitionError(f"app {path}, line {error.lineno}: {error.msg}") from None
     except Exception as error:
+        del sys.modules[name]
         place = _line_in(error, resolved)
         raise DefinitionError(f"app {path}{place}: {type(error).__name__}: {error}") from error
     return module

@@ -372,10 +372,10 @@ class Engine:
         """A model and where its inputs stand in the row. A missing or surplus input is an error."""
         runtime, name, version = self._runtime(step)
         slots = plan.slot_types
-        inputs = list(step.model.inputs) if step.model.inputs is not None else runtime.inputs
+        inputs = runtime.inputs
         if inputs is None:
             raise DefinitionError(
-                f"the file names no inputs; say Model({step.model.ref!r}, inputs=[...]) with its {runtime.n_inputs} features"
+                f"the file names no inputs; say Model({step.model.ref!r}, inputs=[...]), its {runtime.n_inputs} features"
             )
         if len(inputs) != runtime.n_inputs:
             raise DefinitionError(f"takes {runtime.n_inputs} inputs, {len(inputs)} are named: {', '.join(inputs)}")
@@ -405,7 +405,7 @@ class Engine:
                 raise DefinitionError('no model folder was given; say Engine(app, models="DIR") or --models DIR')
             found = resolve(self.models_folder, model.ref)
             inputs = list(model.inputs) if model.inputs is not None else None
-            self._runtimes[key] = (load(found.path, inputs=inputs), found.name, str(found.version))
+            self._runtimes[key] = (load(found.path, inputs, name=found.ref), found.name, found.version)
         return self._runtimes[key]
 
     def _constant(self, text: str) -> int:

@@ -31,7 +31,7 @@ class ReplayNeeded(PenstockError, ValueError):
 
 
 class ScoringError(PenstockError, RuntimeError):
-    """A function or model failed and the pipeline has no fallback. `ingested` says whether the event is in the state."""
+    """A function or model failed and the pipeline has no fallback. `ingested`: whether the event is in the state."""
 
     def __init__(self, message: str, ingested: bool) -> None:
         self.ingested = ingested

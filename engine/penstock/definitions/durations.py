@@ -7,7 +7,15 @@ from datetime import timedelta
 
 __all__ = ["Lifetime", "LifetimeWindow", "Window", "duration_us", "window_label"]
 
-_UNITS = {"us": 1, "ms": 10**3, "s": 10**6, "m": 60 * 10**6, "h": 3600 * 10**6, "d": 86400 * 10**6, "w": 7 * 86400 * 10**6}
+_UNITS = {
+    "us": 1,
+    "ms": 10**3,
+    "s": 10**6,
+    "m": 60 * 10**6,
+    "h": 3600 * 10**6,
+    "d": 86400 * 10**6,
+    "w": 7 * 86400 * 10**6,
+}
 _TEXT = re.compile(r"\s*(\d+)\s*(us|ms|s|m|h|d|w)\s*")
 _LONGEST = 200 * 366 * 86400 * 10**6  # two centuries: beyond this, event time minus window could leave int64
 

@@ -5,6 +5,8 @@ An Event is a msgspec Struct, so it is constructed like any dataclass and is not
 
 from __future__ import annotations
 
+import inspect
+import sys
 import types
 import typing
 from datetime import timedelta
@@ -132,11 +134,9 @@ def event_fields(event: type[Event]) -> list[Field]:
 
 def _hints(event: type[Event]) -> dict[str, Any]:
     """Annotations with their strings evaluated. `Timestamp(unit=...)` is a value, which get_type_hints refuses."""
-    import sys
-
     hints: dict[str, Any] = {}
     for cls in reversed(event.__mro__):
         namespace = vars(sys.modules[cls.__module__]) if cls.__module__ in sys.modules else {}
-        for name, annotation in cls.__dict__.get("__annotations__", {}).items():
+        for name, annotation in inspect.get_annotations(cls).items():
             hints[name] = eval(annotation, dict(namespace), {}) if isinstance(annotation, str) else annotation
     return hints

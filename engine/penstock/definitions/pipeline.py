@@ -17,8 +17,8 @@ __all__ = ["Model", "OnDemandFeatureView", "Pipeline", "Rule", "on_demand_featur
 class OnDemandFeatureView(msgspec.Struct, frozen=True):
     """A Python function of other features, computed when an event is scored.
 
-    Parameters are named after the features they take, with `__` for the dot: `spend__mean_amount_7d`. Their annotations,
-    and the return annotation, are float, int, bool or Timestamp (and str with mode="python").
+    Parameters are named after the features they take, with `__` for the dot: `spend__mean_amount_7d`. Their
+    annotations, and the return annotation, are float, int, bool or Timestamp (and str with mode="python").
     """
 
     name: str
@@ -87,8 +87,8 @@ class _PipelineFields(msgspec.Struct, frozen=True):
 class Pipeline(_PipelineFields, frozen=True, kw_only=True):
     """How an event of one type becomes a decision.
 
-    features: names of event fields, feature views, single features ("spend.count_1d"), on-demand features; in this order
-        they are the columns of a training set.
+    features: names of event fields, feature views, single features ("spend.count_1d"), on-demand features;
+        in this order they are the columns of a training set.
     model: the model whose score decides, or `by_arm(...)`; models: others that score beside it, each its own slot.
     rules: the first that fires gives the action; the reasons of all that fire are in the decision.
     default_action: the action where no rule fires.
