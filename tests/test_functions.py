@@ -175,6 +175,32 @@ def test_nulls_and_failures():
     assert python_function(night, ["timestamp"], "bool")(None) is None
 
 
+def plain_share(a, b):
+    return a / b
+
+
+def test_helpers_need_no_decorator():
+    import numba
+
+    @numba.njit
+    def decorated(a, b):
+        return plain_share(a, b) + 1
+
+    def fn(a, b):
+        return decorated(a, b) * 2
+
+    native = compile_function(fn, ["float64", "float64"], "float64")
+    assert native(1.0, 4.0) == 2.5
+    assert native(1.0, 0.0) is None  # null through two helpers, not a failure
+    assert plain_share(1.0, 4.0) == 0.25
+
+    def unknown(a):
+        return textwrap.dedent(a)
+
+    with pytest.raises(FunctionError, match="function unknown"):
+        compile_function(unknown, ["float64"], "float64")
+
+
 def test_the_c_signature_and_what_a_null_leaves_behind():
     import ctypes
 

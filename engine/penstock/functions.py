@@ -240,7 +240,7 @@ def _cache_path(fn: FunctionType, arg_types: Sequence[str], return_type: str) ->
     if sys.platform != "linux" or struct.calcsize("P") != 8:
         return None  # the object file's symbols are read as 64-bit ELF
     try:
-        described = _describe_function(fn, set())
+        described = _describe_function(fn, {})
         binding = _llvm()
     except _NotCacheable:
         return None
@@ -266,21 +266,21 @@ def _cache_path(fn: FunctionType, arg_types: Sequence[str], return_type: str) ->
     return cache_folder() / "functions" / digest[:40]
 
 
-def _describe_function(fn: FunctionType, seen: set[int]) -> Any:
+def _describe_function(fn: FunctionType, seen: dict[int, int]) -> Any:
     """What the compiled code depends on: bytecode, constants, and the values of every global and captured name.
 
     Numba freezes globals into the code, so a changed constant must give another key.
     """
     if id(fn) in seen:
-        return ("again", fn.__qualname__)
-    seen.add(id(fn))
+        return ("again", seen[id(fn)])
+    seen[id(fn)] = len(seen)
     captured = []
     for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or ()):
         try:
             captured.append((name, _describe_value(cell.cell_contents, fn.__code__, seen)))
         except ValueError:
             raise _NotCacheable(name) from None
-    names = sorted(_names(fn.__code__))
+    names = sorted(global_names(fn.__code__))
     values = [(n, _describe_value(fn.__globals__[n], fn.__code__, seen)) for n in names if n in fn.__globals__]
     return (
         _describe_code(fn.__code__),
@@ -297,15 +297,16 @@ def _describe_code(code: CodeType) -> Any:
             code.co_exceptiontable)  # fmt: skip
 
 
-def _names(code: CodeType) -> set[str]:
+def global_names(code: CodeType) -> set[str]:
+    """Names that the code, and the functions inside it, may look up in its globals (and in modules)."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names |= _names(constant)
+            names |= global_names(constant)
     return names
 
 
-def _describe_value(value: Any, code: CodeType, seen: set[int]) -> Any:
+def _describe_value(value: Any, code: CodeType, seen: dict[int, int]) -> Any:
     if value is None or type(value) in (int, float, complex, bool, str, bytes, Timestamp):
         return (type(value).__name__, value.hex() if type(value) is float else repr(value))
     if type(value) in (tuple, frozenset):
@@ -317,14 +318,17 @@ def _describe_value(value: Any, code: CodeType, seen: set[int]) -> Any:
         return (
             "module",
             value.__name__,
-            [(n, _describe_value(getattr(value, n), code, seen)) for n in sorted(_names(code)) if hasattr(value, n)],
+            [
+                (n, _describe_value(getattr(value, n), code, seen))
+                for n in sorted(global_names(code))
+                if hasattr(value, n)
+            ],
         )
     if value is Timestamp or (isinstance(value, type) and value.__module__ == "builtins"):
         return ("type", value.__name__)
     inner = getattr(value, "py_func", value)
     if isinstance(inner, FunctionType):
-        options = getattr(value, "targetoptions", None)
-        return ("function", repr(sorted((options or {}).items())), _describe_function(inner, seen))
+        return ("function", _describe_function(inner, seen))
     module = getattr(value, "__module__", None)
     if callable(value) and module in ("builtins", "math", "cmath", "_operator", "numpy"):
         return ("callable", module, getattr(value, "__name__", ""))

@@ -12,12 +12,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import numba
 from llvmlite import ir
 from numba.core import callconv, cgutils, compiler, errors, types
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.dispatcher import Dispatcher
 from numba.core.imputils import lower_constant
 from numba.core.registry import cpu_target
 from numba.core.typeconv import Conversion
@@ -235,7 +237,7 @@ def build(fn: Callable[..., Any], arg_types: Sequence[str], return_type: str, wh
 
 
 def _build(fn: Callable[..., Any], arg_types: Sequence[str], return_type: str, where: str) -> Built:
-    inner = numba.njit(fn, error_model="penstock")
+    inner = _native(fn, {})
     signature = tuple(_NUMBA_TYPES[kind] for kind in arg_types)
     try:
         inner.compile(signature)
@@ -270,6 +272,36 @@ def _build(fn: Callable[..., Any], arg_types: Sequence[str], return_type: str, w
         cpu_target.typing_context, context, namespace["entry"], slots, types.uint8, flags, {}
     )
     return _with_c_entry(context, compiled, slots, return_type == "float64")
+
+
+def _native(fn: Any, made: dict[Any, Any]) -> Any:
+    """Numba's dispatcher for fn, and for the functions of the user's that it calls: they need no decorator.
+
+    A helper that is decorated already is compiled anew, so that a division by zero in it is null as well.
+    """
+    fn = getattr(fn, "py_func", fn)
+    if fn in made:
+        return made[fn]
+    names = dict(fn.__globals__)
+    cells = tuple(CellType() for _ in fn.__code__.co_freevars)
+    copy = FunctionType(fn.__code__, names, fn.__name__, fn.__defaults__, cells)
+    copy.__kwdefaults__ = fn.__kwdefaults__
+    copy.__qualname__, copy.__module__ = fn.__qualname__, fn.__module__
+    dispatcher = made[fn] = numba.njit(copy, error_model="penstock")
+    for name in functions.global_names(fn.__code__):
+        if _is_helper(names.get(name)):
+            names[name] = _native(names[name], made)
+    for cell, own in zip(cells, fn.__closure__ or ()):
+        value = own.cell_contents
+        cell.cell_contents = _native(value, made) if _is_helper(value) else value
+    return dispatcher
+
+
+def _is_helper(value: Any) -> bool:
+    if isinstance(value, Dispatcher):
+        return True
+    # Numba has its own versions of numpy's.
+    return isinstance(value, FunctionType) and value.__module__.partition(".")[0] not in ("numpy", "numba")
 
 
 def _with_c_entry(context: Any, compiled: Any, slots: Any, float_result: bool) -> Built:

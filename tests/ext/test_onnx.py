@@ -328,6 +328,28 @@ def test_many_threads():
     assert not wrong
 
 
+def test_no_threads_are_started_and_no_memory_is_lost():
+    """The options are set by their place in a table: one thread means that no other one appears."""
+    resource = pytest.importorskip("resource")
+    model = network(n=64, hidden=512, outputs=8)
+    x = RNG.normal(size=(8, 64))
+    tasks = Path("/proc/self/task")
+    before = len(list(tasks.iterdir())) if tasks.exists() else 0
+    kept = [OnnxModel(model) for _ in range(4)]
+    for ours in kept:
+        ours.predict(x)
+    assert (len(list(tasks.iterdir())) if tasks.exists() else 0) == before
+    for _ in range(20):
+        OnnxModel(model).predict(x)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(300):
+        OnnxModel(model).predict(x)
+    for _ in range(2000):
+        kept[0].predict(x)
+    # A model holds 150 kB of weights: 300 of them lost would be 45 MB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 15_000
+
+
 def test_options_and_reload_change_no_bit():
     model = network()
     x = RNG.normal(size=(20, 5))
