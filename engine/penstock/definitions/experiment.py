@@ -1,7 +1,7 @@
 """Experiment and by_arm: how units are split over arms, and what is chosen by arm (control path).
 
-Values without behaviour; `penstock.experiments.assignment` checks and compiles them. An experiment, once running, is never
-edited in a way that moves units: its hash, salt and weights are the assignment.
+Values without behaviour; `penstock.experiments.assignment` checks and compiles them. Hash, salt and weights of an
+experiment are the assignment: editing one of them while it runs moves units between arms.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Experiment(_ExperimentFields, frozen=True, kw_only=True):
     arms: name -> weight; the weights sum to 1. Their order counts: the ranges are cut in it.
     hash: whose assignment this is; `penstock.experiments.assignment.HASHES` lists the names with their formulas.
     coverage: the share of the units that takes part at all; the others have no arm (null).
-    salt: what is hashed with the unit; the name, if left out. It is what the vendor hashes there: GrowthBook's seed or key,
-        Optimizely's experiment id, LaunchDarkly's "key.salt" or seed, PlanOut's "experiment.variable", ...
+    salt: what is hashed with the unit; the name, if left out. It is what the vendor hashes there: GrowthBook's seed or
+        key, Optimizely's experiment id, LaunchDarkly's "key.salt" or seed, PlanOut's "experiment.variable", ...
     coverage_salt: the salt of the coverage hash; left out, the vendor's own form, or salt + ".coverage".
     """
 

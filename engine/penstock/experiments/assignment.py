@@ -1,8 +1,8 @@
 """Assignment: an Experiment checked and compiled to integer ranges over a named hash (control path).
 
-Every vendor turns a hash into a number and compares that with weights in its own way, some in floats. Here the hash is cut
-once, at load, by asking the vendor's own comparison about each boundary; because the vendor's number never falls as the hash
-rises, the integer ranges are the same function (tests go over every bucket).
+Every vendor turns a hash into a number and compares that with weights in its own way, some in floats. Here the hash is
+cut once, at load, by asking the vendor's own comparison about each boundary; because the vendor's number never falls as
+the hash rises, the integer ranges are the same function (tests go over every bucket).
 
 Formulas: the vendors' open SDKs, named in HASHES; a unit's text and the salts are hashed as UTF-8.
 """
@@ -13,6 +13,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from itertools import accumulate, pairwise
 
 import msgspec
 
@@ -138,13 +139,13 @@ def _ceil_div(a: int, b: int) -> int:
 def _cut_flagd(form: HashForm, weights: list[float], coverage: float) -> Cut:
     # bucket = (h * total) >> 32, below the running weight: h < weight / total * 2**32, whatever the total.
     ends = [0, *(math.ceil(end * 2**32) for end in _running(weights))]
-    return _segments(list(zip(ends, ends[1:])), 2**32)
+    return _segments(list(pairwise(ends)), 2**32)
 
 
 def _cut_steps(form: HashForm, weights: list[float], coverage: float) -> Cut:
     # bucket = hash % modulus, below the running weight in whole buckets.
     ends = [0, *(int(end * form.modulus) for end in _running(weights))]
-    return _segments(list(zip(ends, ends[1:])), form.modulus)
+    return _segments(list(pairwise(ends)), form.modulus)
 
 
 def _cut_launchdarkly(form: HashForm, weights: list[float], coverage: float) -> Cut:
@@ -155,18 +156,17 @@ def _cut_launchdarkly(form: HashForm, weights: list[float], coverage: float) -> 
         total += int(_exact(weight) * 100000) / 100000.0
         ends.append(_first(2**60, lambda h, at=total: h / LONG_SCALE >= at))  # type: ignore[misc]
     ends[-1] = 2**60
-    return _segments(list(zip(ends, ends[1:])), 2**60)
+    return _segments(list(pairwise(ends)), 2**60)
 
 
 def _cut_planout(form: HashForm, weights: list[float], coverage: float) -> Cut:
     # WeightedChoice: stop = int60 / LONG_SCALE * sum; the first running weight with stop <= it.
-    total = sum(weights)
-    running = 0.0
+    runnings = list(accumulate(weights, initial=0.0))
+    total = runnings[-1]
     ends = [0]
-    for weight in weights:
-        running += weight
-        ends.append(_first(2**60, lambda h, at=running: (total - 0.0) * (h / LONG_SCALE) + 0.0 > at))  # type: ignore[misc]
-    return _segments(list(zip(ends, ends[1:])), 2**60)
+    for running in runnings[1:]:
+        ends.append(_first(2**60, lambda h, at=running: total * (h / LONG_SCALE) > at))  # type: ignore[misc]
+    return _segments(list(pairwise(ends)), 2**60)
 
 
 def _cut_uniform(form: HashForm, weights: list[float], coverage: float) -> Cut:
@@ -180,7 +180,7 @@ def _cut_posthog(form: HashForm, weights: list[float], coverage: float) -> Cut:
     for weight in weights:
         end += weight
         ends.append(_first(2**60, lambda h, at=end: h / LONG_SCALE >= at))  # type: ignore[misc]
-    return _segments(list(zip(ends, ends[1:])), 2**60)
+    return _segments(list(pairwise(ends)), 2**60)
 
 
 def _cover_fraction_32(form: HashForm, coverage: float) -> int:
@@ -344,6 +344,9 @@ def _check(experiment: Experiment) -> HashForm:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"{place}: unknown hash {experiment.hash!r}{hint} (have {', '.join(HASHES)})")
     form = HASHES[name]
+    for field, salt in (("salt", experiment.salt), ("coverage_salt", experiment.coverage_salt)):
+        if salt is not None and not isinstance(salt, str):
+            raise ValueError(f"{place}: {field}: expected a str, got {salt!r}")
     arms = experiment.arms
     if not isinstance(arms, Mapping) or not arms:
         raise ValueError(f'{place}: arms: expected name -> weight, such as {{"control": 0.5, "treatment": 0.5}}')
