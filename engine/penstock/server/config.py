@@ -1,0 +1,125 @@
+"""Where and within what limits the server runs (control path): one typed struct.
+
+Flags of the command line come first, then PENSTOCK_* variables, then the [server] table of penstock.toml, then the
+defaults. What must stay true: a name that is not known is refused wherever it stands, so no setting is read in vain.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from ..errors import PenstockError
+
+__all__ = ["ConfigError", "ServerConfig", "load_config", "parse_flags"]
+
+# Variables with our prefix that are not settings of the server.
+OTHER_VARIABLES = frozenset({"PENSTOCK_CACHE", "PENSTOCK_EXT"})
+
+
+class ConfigError(PenstockError, ValueError):
+    """A setting that is unknown or out of range; the message names where it was given."""
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of `penstock serve`. Sizes are in bytes, times in seconds."""
+
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
+    models: Annotated[str | None, Meta(description="model folder: DIR/<name>/<version>/model.*")] = None
+    max_body: Annotated[int, Meta(ge=1, le=1 << 30, description="largest request body, bytes")] = 1 << 20
+    max_head: Annotated[int, Meta(ge=256, le=1 << 20, description="largest request head, bytes")] = 16384
+    max_connections: Annotated[int, Meta(ge=1, description="open connections; more are answered 503")] = 10000
+    head_timeout: Annotated[float, Meta(gt=0, le=86400, description="for a request's head to arrive, s")] = 10.0
+    body_timeout: Annotated[float, Meta(gt=0, le=86400, description="for a request's body to arrive, s")] = 10.0
+    idle_timeout: Annotated[float, Meta(gt=0, le=86400, description="for a connection without a request, s")] = 75.0
+    write_timeout: Annotated[float, Meta(gt=0, le=86400, description="for a client that does not read, s")] = 30.0
+    drain_timeout: Annotated[float, Meta(gt=0, le=86400, description="for requests under way when stopping, s")] = 10.0
+
+
+def load_config(
+    flags: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+    file: str | Path = "penstock.toml",
+) -> ServerConfig:
+    """The settings from flags, then variables, then the file. Raises ConfigError with the place of what is wrong."""
+    known = ServerConfig.__struct_fields__
+    merged: dict[str, Any] = {}
+    place: dict[str, str] = {}
+    for name, value in _from_file(Path(file)).items():
+        if name not in known:
+            raise ConfigError(f"{file}: server.{name}: no such setting (known: {', '.join(known)})")
+        merged[name], place[name] = value, f"{file}: server.{name}"
+    for variable, value in (os.environ if environment is None else environment).items():
+        if not variable.startswith("PENSTOCK_") or variable in OTHER_VARIABLES:
+            continue
+        name = variable.removeprefix("PENSTOCK_").lower()
+        if name not in known or not variable.isupper():
+            names = ", ".join("PENSTOCK_" + n.upper() for n in known)
+            raise ConfigError(f"{variable}: no such setting (known: {names})")
+        merged[name], place[name] = value, variable
+    for name, value in (flags or {}).items():
+        if name not in known:
+            raise ConfigError(f"{name}: no such setting (known: {', '.join(known)})")
+        merged[name], place[name] = value, "--" + name.replace("_", "-")
+    for name, value in merged.items():
+        try:
+            msgspec.convert({name: value}, ServerConfig, strict=not isinstance(value, str))
+        except msgspec.ValidationError as error:
+            message = str(error).partition(" - at `")[0]
+            raise ConfigError(f"{place[name]}: {message}, got {value!r}") from None
+    return msgspec.convert(merged, ServerConfig, strict=False)
+
+
+def parse_flags(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """(app, settings given as flags) of a `penstock serve` command line; argparse prints help and errors itself."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="penstock serve",
+        description="Serve an app over HTTP. Settings come from flags, PENSTOCK_* variables, then penstock.toml.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("app", help="a Python file or module with the app's definitions")
+    for field, hint in zip(
+        msgspec.structs.fields(ServerConfig), typing.get_type_hints(ServerConfig, include_extras=True).values()
+    ):
+        meta = next(m for m in hint.__metadata__ if isinstance(m, Meta))
+        kind = typing.get_args(hint)[0]
+        if isinstance(kind, types.UnionType):
+            kind = typing.get_args(kind)[0]
+        default = "" if field.default is None else f" (default {field.default})"
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            dest=field.name,
+            metavar={"int": "N", "float": "S", "str": "TEXT"}[kind.__name__],
+            help=f"{meta.description}{default}",
+        )
+    options = vars(parser.parse_args(list(arguments)))
+    app = options.pop("app")
+    return app, {name: value for name, value in options.items() if value is not None}
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as stream:
+            tables = tomllib.load(stream)
+    except FileNotFoundError:
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    for name in tables:
+        if name != "server":
+            raise ConfigError(f"{path}: {name}: no such table (known: [server])")
+    table = tables.get("server", {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: server: expected a table, got {table!r}")
+    return table

@@ -1,0 +1,215 @@
+"""Start and stop of the server (control path).
+
+Start: take the port, load the engine, warm up, freeze the garbage collector's view, then listen. Stop (SIGTERM or
+SIGINT): accept no more connections, answer what was accepted with `Connection: close`, exit 0; a second signal stops at
+once. What must stay true: a request whose bytes were accepted before the signal is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import ipaddress
+import os
+import resource
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PenstockError
+from .config import ServerConfig, load_config
+
+if TYPE_CHECKING:
+    from .._ext.http import HttpServer
+    from ..app import App
+    from ..engine import Engine
+    from ..plan import Plan
+
+__all__ = ["bind", "run", "sample_event", "serve"]
+
+BACKLOG = 1024
+LINGER = 0.5  # an idle connection may have a request on its way: seconds to wait for it when stopping
+SPARE_DESCRIPTORS = 64
+
+
+def serve(app: App | Engine, **settings: Any) -> int:
+    """Serve an app, or an engine that holds state already, until SIGTERM or SIGINT. Returns 0.
+
+    settings: fields of ServerConfig; PENSTOCK_* variables and penstock.toml give the rest.
+    Raises DefinitionError for a wrong app, PenstockError where the address cannot be had.
+    """
+    return run(app, load_config(settings))
+
+
+def run(app: App | Engine, config: ServerConfig) -> int:
+    """Serve with exactly these settings."""
+    listener = bind(config.host, config.port)
+    try:
+        engine = _engine(app, config)
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(engine, config, listener))
+    finally:
+        listener.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet. Raises PenstockError that says what is in the way."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as error:
+        raise PenstockError(f"--host {host}: not an address of this machine: {error.strerror}") from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        # Two listeners may bind with SO_REUSEADDR as long as neither listens: listen() is what tells a port is taken.
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        hint = "; --port 0 takes a free one" if port else ""
+        raise PenstockError(f"cannot listen on {host}:{port}: {error.strerror}{hint}") from None
+    listener.setblocking(False)
+    return listener
+
+
+def _engine(app: App | Engine, config: ServerConfig) -> Engine:
+    from ..engine import Engine
+
+    if isinstance(app, Engine):
+        return app
+    return Engine(app, models=config.models)
+
+
+async def _serve(engine: Engine, config: ServerConfig, listener: socket.socket) -> int:
+    from .routes import build_server
+
+    loop = asyncio.get_running_loop()
+    state = {"ready": False}
+    server = build_server(engine, _within_descriptors(config), state)
+    stopping = asyncio.Event()
+    signals = 0
+
+    def stop() -> None:
+        nonlocal signals
+        signals += 1
+        server.draining = True
+        stopping.set()
+        if signals > 1:
+            server.close_idle(force=True)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    warm_up(engine, server)
+    gc.collect()
+    gc.freeze()
+    acceptor = await loop.create_server(server, sock=listener, backlog=BACKLOG)
+    state["ready"] = True
+    _announce(engine.plan, config, listener)
+    period = min(0.5, config.head_timeout / 4, config.body_timeout / 4, config.idle_timeout / 4)
+    sweeper = asyncio.ensure_future(_sweep(server, period))
+    try:
+        await stopping.wait()
+        # What the kernel accepted for us before the signal is ours: take it before the listener goes.
+        await asyncio.sleep(0.02)
+        acceptor.close()
+        await _drain(server, config.drain_timeout)
+    finally:
+        sweeper.cancel()
+        server.close_idle(force=True)
+        await asyncio.sleep(0)
+        gc.unfreeze()
+    return 0
+
+
+async def _sweep(server: HttpServer, period: float) -> None:
+    while True:
+        await asyncio.sleep(period)
+        server.sweep()
+
+
+async def _drain(server: HttpServer, timeout: float) -> None:
+    """Wait until every connection is closed: those with a request answer it first, idle ones linger a little."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while server.open_connections and loop.time() - began < timeout:
+        await asyncio.sleep(0.02)
+        if loop.time() - began > LINGER:
+            server.close_idle()
+
+
+def _within_descriptors(config: ServerConfig) -> ServerConfig:
+    """Raise the limit of open files as far as allowed, and keep the connections within it."""
+    import msgspec
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = config.max_connections + SPARE_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        except (ValueError, OSError):
+            soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return config
+    return msgspec.structs.replace(config, max_connections=max(1, soft - SPARE_DESCRIPTORS))
+
+
+def warm_up(engine: Engine, server: HttpServer) -> None:
+    """Score one made-up event per pipeline without leaving anything behind, so that the first request is not the slowest."""
+    import msgspec
+
+    from ..errors import EventError, ScoringError
+
+    for pipeline in engine.plan.pipelines.values():
+        event = sample_event(engine.plan, pipeline.event)
+        wire = engine.core.wire_type(engine.plan.events[pipeline.event].index)
+        try:
+            for _ in range(3):
+                engine.core.score(pipeline.index, msgspec.convert(event, wire), False, False).json()
+        except (EventError, ScoringError):
+            continue
+
+
+def sample_event(plan: Plan, name: str) -> dict[str, Any]:
+    """A small valid event of a type, as it would be written in JSON; its time is the wall clock's."""
+    from ..timestamp import Timestamp
+
+    samples: dict[str, Any] = {"string": "a1", "int64": 1, "float64": 12.5, "bool": False}
+    now = int(Timestamp.now()) // 1_000_000
+    found: dict[str, Any] = {}
+    for field in plan.events[name].fields:
+        if not field.required:
+            continue
+        if field.type == "timestamp":
+            scale = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+            found[field.name] = (
+                now * scale[field.unit] if field.unit else Timestamp(now * 1_000_000).isoformat().replace("+00:00", "Z")
+            )
+        else:
+            found[field.name] = samples[field.type]
+    return found
+
+
+def _announce(plan: Plan, config: ServerConfig, listener: socket.socket) -> None:
+    import msgspec
+
+    host, port = listener.getsockname()[:2]
+    if not _is_loopback(host):
+        print(f"penstock: warning: {host} can be reached by others, and there are no keys yet", file=sys.stderr)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"penstock: serving {plan.app} on http://{shown}:{port}")
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, shown)
+    for pipeline in list(plan.pipelines.values())[:1]:
+        body = msgspec.json.encode(sample_event(plan, pipeline.event)).decode().replace("'", "'\\''")
+        print(f"  curl http://{reachable}:{port}/v1/score/{pipeline.name} -d '{body}'")
+    sys.stdout.flush()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False

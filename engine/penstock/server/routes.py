@@ -1,0 +1,164 @@
+"""The server's paths (control path): which Route answers what, and the handlers that are not native.
+
+Scoring and ingesting are answered in ext/http.pyx; the handlers here run once per call of an operator or a tool.
+What must stay true: nothing here holds logic of the engine's; a handler checks its input, calls, and encodes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from .._ext.http import HttpServer, RequestError, Route
+from ..errors import EventError, ReplayNeeded
+from ..plan import suggestion
+from ..timestamp import Timestamp
+from .config import ServerConfig
+from .metrics import Metrics
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+__all__ = ["build_server"]
+
+JSON = b"application/json"
+TEXT = b"text/plain; charset=utf-8"
+MAX_KEYS = 10_000
+
+
+class FeaturesRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of POST /v1/features/{view}. as_of: RFC 3339 text or integer microseconds; left out, now."""
+
+    keys: list[int | str]
+    as_of: int | str | None = None
+
+
+def build_server(engine: Engine, config: ServerConfig, state: dict[str, bool]) -> HttpServer:
+    """An HttpServer with every route of the engine's plan. state: "ready" is what /health/ready tells."""
+    plan, core = engine.plan, engine.core
+    routes: dict[str, Route] = {}
+    wire = {}
+    for event in plan.events.values():
+        kind = core.wire_type(event.index)
+        one, many = msgspec.json.Decoder(kind), msgspec.json.Decoder(list[kind])  # type: ignore[valid-type]
+        wire[event.name] = (one.decode, many.decode)
+        routes[f"/v1/events/{event.name}"] = Route(
+            f"events/{event.name}",
+            "events",
+            ("POST",),
+            index=event.index,
+            decode_one=one.decode,
+            decode_many=many.decode,
+            call_one=core.ingest,
+            call_many=core.ingest_many,
+        )
+    for pipeline in plan.pipelines.values():
+        one_of, many_of = wire[pipeline.event]
+        routes[f"/v1/score/{pipeline.name}"] = Route(
+            f"score/{pipeline.name}",
+            "score",
+            ("POST",),
+            index=pipeline.index,
+            decode_one=one_of,
+            decode_many=many_of,
+            call_one=core.score,
+            call_many=core.score_many,
+        )
+    for view in plan.views:
+        routes[f"/v1/features/{view}"] = Route(
+            f"features/{view}", "handler", ("POST",), handler=FeatureReads(engine, view)
+        )
+
+    def not_found(path: str) -> str:
+        for prefix, what, known in (
+            ("/v1/score/", "pipeline", plan.pipelines),
+            ("/v1/events/", "event", plan.events),
+            ("/v1/features/", "view", plan.views),
+        ):
+            if path.startswith(prefix):
+                name = path.removeprefix(prefix)
+                names = ", ".join(sorted(known)) or "none"
+                return f"path: no {what} {name[:100]!r}{suggestion(name[:100], known)} (known: {names})"
+        return f"path: nothing is served at {path[:100]!r}; GET / lists what is"
+
+    server = HttpServer(
+        routes,
+        not_found=not_found,
+        event_error=EventError,
+        max_body=config.max_body,
+        max_head=config.max_head,
+        max_connections=config.max_connections,
+        head_timeout=config.head_timeout,
+        body_timeout=config.body_timeout,
+        idle_timeout=config.idle_timeout,
+        write_timeout=config.write_timeout,
+    )
+    metrics = Metrics(engine, server, state)
+    index = "".join(
+        f"{' and '.join(route.methods)} {path}\n" for path, route in routes.items()
+    ) + "GET /health/live\nGET /health/ready\nGET /metrics\nGET /openapi.json\n"
+
+    def live(query: str, body: bytes) -> tuple[int, bytes, bytes]:
+        return 200, JSON, b'{"live":true}'
+
+    def ready(query: str, body: bytes) -> tuple[int, bytes, bytes]:
+        if state["ready"] and not server.draining:
+            return 200, JSON, b'{"ready":true}'
+        why = "the server is stopping" if server.draining else "the server is starting"
+        raise RequestError(503, "not_ready", why)
+
+    def openapi(query: str, body: bytes) -> tuple[int, bytes, bytes]:
+        from .openapi import openapi_document
+
+        return 200, JSON, msgspec.json.encode(openapi_document(plan))
+
+    read_only = ("GET", "HEAD")
+    for path, handler in (
+        ("/", lambda query, body: (200, TEXT, index.encode())),
+        ("/health/live", live),
+        ("/health/ready", ready),
+        ("/metrics", metrics.answer),
+        ("/openapi.json", openapi),
+    ):
+        routes[path] = Route(path.strip("/") or "index", "handler", read_only, handler=handler)
+    return server
+
+
+class FeatureReads:
+    """Answers POST /v1/features/{view}: `{"view", "as_of", "features": [...], "statuses": [...]}`, in key order."""
+
+    def __init__(self, engine: Engine, view: str) -> None:
+        self.engine = engine
+        self.view = view
+        self.decode = msgspec.json.Decoder(FeaturesRequest).decode
+
+    def __call__(self, query: str, body: bytes) -> tuple[int, bytes, bytes]:
+        request = self.decode(body)
+        if len(request.keys) > MAX_KEYS:
+            raise RequestError(422, "too_many_keys", f"{len(request.keys)} keys, at most {MAX_KEYS}", "$.keys")
+        for i, key in enumerate(request.keys):
+            if isinstance(key, str) and len(key) > 1024:
+                raise RequestError(422, "invalid_key", "expected a key of at most 1024 bytes", f"$.keys[{i}]")
+        as_of = request.as_of
+        try:
+            at = None if as_of is None else Timestamp.of(as_of)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise RequestError(422, "invalid_time", str(error), "$.as_of") from None
+        if at is not None and not -(2**62) <= int(at) < 2**62:
+            raise RequestError(422, "invalid_time", "expected microseconds since 1970, or RFC 3339 text", "$.as_of")
+        try:
+            found = self.engine.features(self.view, request.keys, at)
+        except ReplayNeeded as error:
+            raise RequestError(422, "replay_needed", str(error), "$.as_of") from None
+        document = {
+            "view": found.view,
+            "as_of": found.as_of.isoformat(),
+            "features": [{name: _plain(value) for name, value in row.items()} for row in found.rows],
+            "statuses": found.statuses,
+        }
+        return 200, JSON, msgspec.json.encode(document)
+
+
+def _plain(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, Timestamp) else value
