@@ -37,7 +37,7 @@ cdef extern from "Python.h":
         Py_ssize_t offset
     ctypedef struct PyMemberDescrObject:
         PyMemberDef *d_member
-    object PyDateTime_TZ "PyDateTime_DATE_GET_TZINFO" (object value)
+    PyObject *PyDateTime_TZ "PyDateTime_DATE_GET_TZINFO" (object value)  # borrowed
 
 KEY_BYTES = 1024          # longest key or event id, in bytes
 TEXT_BYTES = 65536        # longest other string
@@ -71,7 +71,7 @@ cdef inline int64_t civil_us(object value):
 
 
 cdef int64_t datetime_us(object value) except? -1:
-    cdef object tz = PyDateTime_TZ(value)
+    cdef object tz = <object>PyDateTime_TZ(value)
     if tz is None or tz is UTC:
         return civil_us(value)
     return (value - EPOCH) // MICROSECOND
