@@ -262,17 +262,24 @@ static inline void ps_big_double_double(ps_big *b, int scale, double *hi, double
 
 /* A two-limb sum rounded to a double (the common case of the above). */
 static inline double ps_i128_round(ps_i128 v, int base) {
-    int negative = v < 0;
-    ps_u128 mag = negative ? (ps_u128)0 - (ps_u128)v : (ps_u128)v;
+    uint64_t sign = (uint64_t)(v >> 127);
+    ps_u128 mag = ((ps_u128)v ^ (ps_u128)(ps_i128)(int64_t)sign) + (sign & 1);
     if (mag == 0) return 0.0;
     int top = ps_u128_top(mag), q = top + base - 52;
+    if (__builtin_expect(q >= -1074 && q <= 970, 1)) { /* neither subnormal nor near overflow */
+        mag <<= 127 - top;
+        uint64_t high = (uint64_t)(mag >> 64), low = (uint64_t)mag;
+        uint64_t m = high >> 11, rest = (high & 0x7ff) | (low != 0);
+        m += (rest + (m & 1)) > 0x400; /* above half, or half and odd; rest counts a fraction of 0x800 */
+        return ps_bits_double((((uint64_t)(q + 1074) << 52) + m) | (sign & 0x8000000000000000ULL));
+    }
     if (q < -1074) q = -1074;
     int drop = q - base;
-    if (drop <= 0) return ps_pack_double((uint64_t)mag << -drop, q, negative);
+    if (drop <= 0) return ps_pack_double((uint64_t)mag << -drop, q, (int)(sign & 1));
     uint64_t m = (uint64_t)(mag >> drop);
     ps_u128 rest = mag & (((ps_u128)1 << drop) - 1), half = (ps_u128)1 << (drop - 1);
     m += rest > half || (rest == half && (m & 1));
-    return ps_pack_double(m, q, negative);
+    return ps_pack_double(m, q, (int)(sign & 1));
 }
 
 /* Variance of n >= 1 values from their exact sum and exact sum of squares (S13), divided by `divisor` (n or n - 1).

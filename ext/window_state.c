@@ -16,7 +16,7 @@
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
 
 enum { UNIT = 16, FORMAT = 1, N_CLASSES = 136, FIRST_BUCKETS = 256, MAX_SEGMENTS = 24, CHUNK_BYTES = 4096 };
-enum { KEY_INLINE = 24, SWEEP_EVENTS = 4096 };
+enum { KEY_INLINE = 24, SWEEP_EVENTS = 4096, HUGE_AFTER = 2 << 20 };
 #define MAGIC 0x31535749544e4550ULL /* "PENTIWS1" */
 #define NO_TIME INT64_MIN           /* before every time and every left edge */
 #define AT_END INT64_MAX            /* next_time of a tail behind the newest event */
@@ -118,6 +118,8 @@ typedef struct {
     int n_inside, value_bytes;        /* distinct tails, bytes per value_t */
     int min_summary, max_summary;     /* index among a chunk's summaries, or -1 */
     int first_pair, n_pairs;          /* into cell_pairs */
+    uint8_t plain;                    /* events, or a float64 column with count, sum, mean, min and max only */
+    int first_plain, n_max, n_min;    /* into plain_winners: places of the max winners, then of the min winners */
 } cell_t;
 
 typedef struct {
@@ -139,7 +141,18 @@ typedef struct {
 typedef struct { /* one (pair, right edge) of a group and the results made from it */
     int pair, right; /* right: 0 for t <= T, 1 for t < T */
     uint32_t first_result, n_results;
+    uint8_t plain;                      /* the results are the following, each at most once */
+    int count, sum, mean, min, max;     /* places in the output; -1: not wanted */
+    uint32_t off_total, off_n, off_sum; /* of the pair, to save the way through pair and cell */
+    int j_sum;
 } step_t;
+
+typedef struct { /* what evicting does for one pair of a tail */
+    uint64_t where_mask;
+    uint32_t off_n, off_sum;
+    int slot, j_sum, pair;
+    uint8_t plain;
+} evict_t;
 
 typedef struct {
     uint64_t n;
@@ -150,13 +163,14 @@ struct ps_store {
     char *base;
     map_t *map;
     uint64_t reserved, committed;
+    int huge;
 
     uint32_t n_columns, n_where, n_groups, n_cells, n_tails, n_pairs;
     uint8_t *columns;
     int where_word, null_word, first_value, stride; /* of a record, in words; 0: absent */
     uint64_t *null_bit;                             /* per column; 0: null is in the value */
     int64_t lateness, longest, release_after;       /* longest: largest distance of a left edge from T */
-    uint8_t releasable, event_work, has_strings;
+    uint8_t releasable, event_work, has_strings, any_left_closed;
     uint64_t fingerprint;
     int64_t *edge; /* per tail: left edge = T - edge */
     int64_t least_edge;
@@ -168,7 +182,9 @@ struct ps_store {
     cell_t *cells;
     pair_t *pairs;
     int *cell_pairs;                /* pairs ordered by cell */
-    int *tail_pairs, *tail_start;   /* pairs ordered by tail; tail k: tail_start[k]..tail_start[k + 1] */
+    evict_t *evicts;                /* pairs ordered by tail; tail k: tail_start[k]..tail_start[k + 1] */
+    int *tail_start;
+    uint32_t *plain_winners;
     step_t *steps;
     uint32_t *group_start;          /* steps */
     result_t *results;
@@ -201,12 +217,19 @@ static int commit_to(ps_store *S, uint64_t bytes) {
     if (bytes <= S->committed) return 1;
     if (bytes > S->reserved) return 0;
     uint64_t step = S->committed >> 3;
-    if (step < (1u << 20)) step = 1u << 20;
     if (step > (64u << 20)) step = 64u << 20;
-    uint64_t to = (bytes + step + 0xffff) & ~(uint64_t)0xffff;
+    uint64_t to = bytes + step, grain = to > HUGE_AFTER ? HUGE_AFTER : 1 << 16; /* never half of a large page */
+    to = (to + grain - 1) & ~(grain - 1);
     if (to > S->reserved) to = S->reserved;
     if (mprotect(S->base + S->committed, to - S->committed, PROT_READ | PROT_WRITE)) return 0;
     S->committed = to;
+#ifdef MADV_HUGEPAGE
+    /* A large store is read at random: large pages save a page walk per cache miss. A small one keeps small pages. */
+    if (to > HUGE_AFTER && !S->huge) {
+        madvise(S->base + HUGE_AFTER, S->reserved - HUGE_AFTER, MADV_HUGEPAGE);
+        S->huge = 1;
+    }
+#endif
     return 1;
 }
 
@@ -410,14 +433,13 @@ static inline uint64_t *record_at(const ps_store *S, chunk_t *c, uint32_t i) {
 
 static inline int64_t record_time(const ps_store *S, chunk_t *c, uint32_t i) { return (int64_t)*record_at(S, c, i); }
 
+static inline int is_nan(uint64_t bits) { return bits << 1 > 0xffe0000000000000ULL; }
+
 /* True if the event counts in this cell: its predicate is TRUE and its value is not null. */
 static inline int matches(const ps_store *S, const cell_t *cell, const uint64_t *rec) {
     if (cell->where_mask && !(rec[S->where_word] & cell->where_mask)) return 0;
     if (cell->column < 0) return 1;
-    if (cell->is_float) {
-        double x = ps_bits_double(rec[cell->slot]);
-        return x == x;
-    }
+    if (cell->is_float) return !is_nan(rec[cell->slot]);
     if (cell->is_string) return rec[cell->slot] != 0;
     return !(rec[S->null_word] & cell->null_mask);
 }
@@ -502,6 +524,28 @@ static inline uint64_t *lane_data(const ps_store *S, ps_lane *lane) {
 static inline void lane_add(const ps_store *S, ps_lane *lane, int j, ps_term t, int subtract) {
     if (!lane->limbs) return; /* the term is zero */
     ps_limbs_add(lane_data(S, lane) + j * lane->limbs, lane->limbs, lane->base, t, subtract);
+}
+
+/* The same for a double that fits the lane, adding. */
+static inline void lane_add_double(const ps_store *S, ps_lane *lane, int j, uint64_t bits) {
+    ps_term t = ps_term_of_double(bits);
+    int shift = t.exponent - lane->base;
+    if (UNLIKELY(lane->limbs != 2 || shift < 0)) {
+        lane_add(S, lane, j, t, 0);
+        return;
+    }
+    uint64_t *at = (uint64_t *)(lane + 1) + 2 * j, sign = (uint64_t)((int64_t)bits >> 63);
+    ps_u128 sum, v = (t.magnitude << shift) ^ (ps_u128)(ps_i128)(int64_t)sign;
+    memcpy(&sum, at, 16);
+    sum += v + (sign & 1);
+    memcpy(at, &sum, 16);
+}
+
+/* Quick and sufficient: a double that a narrow lane takes as it is. */
+static inline int lane_takes(const ps_lane *lane, uint64_t bits) {
+    return lane->limbs == 2
+        && (unsigned)(((int)(bits >> 52) & 0x7ff) - 1075 - lane->base) <= (unsigned)(128 - 1 - PS_NARROW_HEADROOM - 53)
+        && lane->ref == 0;
 }
 
 /* Makes room for the term (or, with `wide`, for 2^40 terms). 0 without memory; sums keep their values either way. */
@@ -607,28 +651,37 @@ static void value_remove(ps_store *S, const cell_t *cell, values_t *v, value_t *
 
 static inline tail_t *tails_of(const ps_store *S, blob_t *B) { return IN(B, tail_t, S->off_tails); }
 
+static void evict_pair(ps_store *S, blob_t *B, const pair_t *pair, const uint64_t *rec) {
+    const cell_t *cell = &S->cells[pair->cell];
+    if (!matches(S, cell, rec)) return;
+    ++*IN(B, uint32_t, pair->off_n);
+    if (pair->is_sum || pair->is_squares) {
+        ps_term t = term_of(cell, rec[cell->slot]);
+        if (pair->is_sum) lane_add(S, IN(B, ps_lane, cell->off_sum), pair->j_sum, t, 0);
+        if (pair->is_squares) lane_add(S, IN(B, ps_lane, cell->off_squares), pair->j_squares, ps_term_squared(t), 0);
+    }
+    if (pair->is_distinct) {
+        value_t *v = value_find(S, cell, IN(B, values_t, cell->off_values), value_key(cell, rec[cell->slot]));
+        if (!--v->inside[pair->j_inside]) --*IN(B, uint32_t, pair->off_distinct);
+    }
+}
+
 static inline void evict(ps_store *S, blob_t *B, int k, const uint64_t *rec) {
-    for (int p = S->tail_start[k]; p < S->tail_start[k + 1]; p++) {
-        const pair_t *pair = &S->pairs[S->tail_pairs[p]];
-        const cell_t *cell = &S->cells[pair->cell];
-        if (!matches(S, cell, rec)) continue;
-        ++*IN(B, uint32_t, pair->off_n);
-        if (pair->is_sum || pair->is_squares) {
-            ps_term t = term_of(cell, rec[cell->slot]);
-            if (pair->is_sum) lane_add(S, IN(B, ps_lane, cell->off_sum), pair->j_sum, t, 0);
-            if (pair->is_squares)
-                lane_add(S, IN(B, ps_lane, cell->off_squares), pair->j_squares, ps_term_squared(t), 0);
+    for (const evict_t *e = S->evicts + S->tail_start[k], *end = S->evicts + S->tail_start[k + 1]; e < end; e++) {
+        if (UNLIKELY(!e->plain)) {
+            evict_pair(S, B, &S->pairs[e->pair], rec);
+            continue;
         }
-        if (pair->is_distinct) {
-            value_t *v = value_find(S, cell, IN(B, values_t, cell->off_values), value_key(cell, rec[cell->slot]));
-            if (!--v->inside[pair->j_inside]) --*IN(B, uint32_t, pair->off_distinct);
-        }
+        if (e->where_mask && !(rec[S->where_word] & e->where_mask)) continue;
+        if (e->slot && is_nan(rec[e->slot])) continue;
+        ++*IN(B, uint32_t, e->off_n);
+        if (e->off_sum) lane_add_double(S, IN(B, ps_lane, e->off_sum), e->j_sum, rec[e->slot]);
     }
 }
 
 static void unevict(ps_store *S, blob_t *B, int k, const uint64_t *rec) {
     for (int p = S->tail_start[k]; p < S->tail_start[k + 1]; p++) {
-        const pair_t *pair = &S->pairs[S->tail_pairs[p]];
+        const pair_t *pair = &S->pairs[S->evicts[p].pair];
         const cell_t *cell = &S->cells[pair->cell];
         if (!matches(S, cell, rec)) continue;
         uint64_t bits = cell->column < 0 ? 0 : rec[cell->slot];
@@ -652,25 +705,29 @@ static void unevict(ps_store *S, blob_t *B, int k, const uint64_t *rec) {
 static void seek_forward(ps_store *S, blob_t *B, int k, int64_t left) {
     tail_t *tail = tails_of(S, B) + k;
     chunk_t *c = AT(S, chunk_t, tail->chunk);
-    uint32_t i = tail->index;
-    tail->next_time = AT_END;
+    uint32_t i = tail->index, count = c->count, stride = (uint32_t)S->stride;
+    const uint64_t *rec = record_at(S, c, i);
+    int64_t next_time = AT_END;
     for (;;) {
-        if (i == c->count) {
+        if (UNLIKELY(i == count)) {
             if (!c->next) break;
             tail->chunk = c->next;
             c = AT(S, chunk_t, c->next);
             i = 0;
+            count = c->count;
+            rec = record_at(S, c, 0);
             continue;
         }
-        const uint64_t *rec = record_at(S, c, i);
         if ((int64_t)rec[0] >= left) {
-            tail->next_time = (int64_t)rec[0];
+            next_time = (int64_t)rec[0];
             break;
         }
         evict(S, B, k, rec);
         i++;
+        rec += stride;
     }
     tail->index = i;
+    tail->next_time = next_time;
 }
 
 static void seek_backward(ps_store *S, blob_t *B, int k, int64_t left) {
@@ -925,7 +982,7 @@ static void insert(ps_store *S, blob_t *B, ref_t chunk, uint32_t index, const ui
     tail_t *tail = tails_of(S, B);
     uint32_t before = c->count;
     if (index < before) memmove(at + S->stride, at, (uint64_t)(before - index) * (uint32_t)S->stride * 8);
-    memcpy(at, rec, (uint64_t)(uint32_t)S->stride * 8);
+    for (int i = 0; i < S->stride; i++) at[i] = rec[i];
     c->count++;
     if (UNLIKELY(c->sealed)) summarize(S, c, rec);
     for (uint32_t k = 0; k < S->n_tails; k++) {
@@ -955,7 +1012,9 @@ static int store_apply(ps_store *S, ps_handle h, const ps_event *e) {
     uint32_t index;
     for (uint32_t i = 0; i < S->n_cells; i++) {
         const cell_t *cell = &S->cells[i];
-        if (!(cell->is_sum | cell->is_squares | cell->is_distinct) || !matches(S, cell, rec)) continue;
+        if (!(cell->is_sum | cell->is_squares | cell->is_distinct)) continue;
+        if (LIKELY(cell->plain && !many && lane_takes(IN(B, ps_lane, cell->off_sum), rec[cell->slot]))) continue;
+        if (!matches(S, cell, rec)) continue;
         ps_term t = term_of(cell, rec[cell->slot]);
         if (cell->is_sum && UNLIKELY(!lane_prepare(S, IN(B, ps_lane, cell->off_sum), cell->n_sums, 0, t, many)))
             goto no_memory;
@@ -975,6 +1034,14 @@ static int store_apply(ps_store *S, ps_handle h, const ps_event *e) {
         if (!matches(S, cell, rec)) continue;
         uint64_t bits = cell->column < 0 ? 0 : rec[cell->slot];
         uint64_t had = (*IN(B, uint64_t, cell->off_n))++;
+        if (LIKELY(cell->plain && all_inside)) {
+            if (cell->is_sum) lane_add_double(S, IN(B, ps_lane, cell->off_sum), 0, bits);
+            const uint32_t *winner = S->plain_winners + cell->first_plain;
+            int64_t key = ordered(cell, bits);
+            for (int w = 0; w < cell->n_max; w++) improve(IN(B, winner_t, *winner++), key, t);
+            for (int w = 0; w < cell->n_min; w++) improve(IN(B, winner_t, *winner++), ~key, t);
+            continue;
+        }
         if (cell->is_sum | cell->is_squares) {
             ps_term x = term_of(cell, bits);
             if (cell->is_sum) lane_add(S, IN(B, ps_lane, cell->off_sum), 0, x, 0);
@@ -1232,6 +1299,67 @@ static inline void put_null(ps_slot *slot, uint8_t *status, int type, int why) {
     *status = (uint8_t)why;
 }
 
+/* A step of count, sum, mean, min and max over a float64 column (or events), with nothing after the right edge. */
+static inline void read_plain(ps_store *S, blob_t *B, const step_t *step, int64_t T, int unknown, ps_slot *out,
+                              uint8_t *status) {
+    uint64_t n = *IN(B, uint64_t, step->off_total);
+    if (LIKELY(step->off_n)) n = (uint32_t)n - *IN(B, uint32_t, step->off_n);
+    if (step->count >= 0) {
+        out[step->count].i = (int64_t)n;
+        status[step->count] = PS_PRESENT;
+    }
+    if (!step->off_sum && step->max < 0 && step->min < 0) return;
+    int status_now = n ? PS_PRESENT : unknown;
+    if (step->off_sum) {
+        double sum = ps_bits_double(0x7ff8000000000000ULL), mean = sum;
+        if (LIKELY(n != 0)) {
+            ps_lane *lane = IN(B, ps_lane, step->off_sum);
+            if (LIKELY(lane->limbs == 2)) {
+                const uint64_t *data = (const uint64_t *)(lane + 1);
+                ps_i128 v, w;
+                memcpy(&v, data, 16);
+                if (step->j_sum) {
+                    memcpy(&w, data + 2 * step->j_sum, 16);
+                    v -= w;
+                }
+                sum = ps_i128_round(v, lane->base);
+            } else {
+                ps_big big;
+                uint64_t kept;
+                int dropped;
+                window_sum(S, lane, step->j_sum, 0, NULL, NULL, &big);
+                sum = ps_big_round(&big, 0, &kept, &dropped);
+            }
+            mean = sum / (double)(int64_t)n;
+        }
+        if (step->sum >= 0) {
+            out[step->sum].f = sum;
+            status[step->sum] = (uint8_t)status_now;
+        }
+        if (step->mean >= 0) {
+            out[step->mean].f = mean;
+            status[step->mean] = (uint8_t)status_now;
+        }
+    }
+    if (step->max < 0 && step->min < 0) return;
+    const pair_t *pair = &S->pairs[step->pair];
+    int64_t left = pair->tail < 0 ? NO_TIME : T - S->edge[pair->tail];
+    for (int is_min = 0; is_min < 2; is_min++) {
+        int at = is_min ? step->min : step->max;
+        if (at < 0) continue;
+        uint64_t bits = 0x7ff8000000000000ULL;
+        if (LIKELY(n != 0)) {
+            const winner_t *w = IN(B, winner_t, is_min ? pair->off_min : pair->off_max);
+            int64_t key = (int64_t)w->bits;
+            if (UNLIKELY(w->time < left)) key = (int64_t)extreme(S, B, pair, is_min, left, T).bits;
+            key = is_min ? ~key : key;
+            bits = (uint64_t)key ^ ((uint64_t)(key >> 63) >> 1);
+        }
+        out[at].u = bits;
+        status[at] = (uint8_t)status_now;
+    }
+}
+
 static int store_read(ps_store *S, ps_handle h, uint32_t group, int64_t T, const ps_event *extra, ps_slot *out,
                       uint8_t *status, ps_arena *strings) {
     if (UNLIKELY(group >= S->n_groups)) return PS_STORE_GROUP;
@@ -1243,9 +1371,13 @@ static int store_read(ps_store *S, ps_handle h, uint32_t group, int64_t T, const
         if (error) return error;
     }
     seek(S, B, T);
-    int gathered = 0;
+    int gathered = 0, plain = extra == NULL && B->newest < T + (S->any_left_closed ^ 1);
     for (uint32_t s = S->group_start[group]; s < S->group_start[group + 1]; s++) {
         const step_t *step = &S->steps[s];
+        if (LIKELY(step->plain & plain)) {
+            read_plain(S, B, step, T, unknown, out, status);
+            continue;
+        }
         const pair_t *pair = &S->pairs[step->pair];
         const cell_t *cell = &S->cells[pair->cell];
         int64_t right = T - step->right, left = pair->tail < 0 ? NO_TIME : T - S->edge[pair->tail];
@@ -1418,7 +1550,18 @@ static inline int key_equal(const ps_store *S, const blob_t *B, const ps_key *ke
     if (B->key_is_int != (key->is_int != 0)) return 0;
     if (key->is_int) return B->key_i == key->i;
     if (B->key_len != key->len) return 0;
-    return !memcmp(B->key_ref ? AT(S, char, B->key_ref) : B->key, key->str, key->len);
+    if (UNLIKELY(B->key_ref)) return !memcmp(AT(S, char, B->key_ref), key->str, key->len);
+    uint32_t n = key->len; /* overlapping words */
+    const char *a = B->key, *b = key->str;
+    if (n >= 8) {
+        uint64_t differ = (load8(a) ^ load8(b)) | (load8(a + n - 8) ^ load8(b + n - 8));
+        if (n > 16) differ |= load8(a + 8) ^ load8(b + 8);
+        return !differ;
+    }
+    if (n >= 4) return !((load4(a) ^ load4(b)) | (load4(a + n - 4) ^ load4(b + n - 4)));
+    while (n--)
+        if (a[n] != b[n]) return 0;
+    return 1;
 }
 
 static ps_handle store_find(ps_store *S, const ps_key *key, uint64_t hash) {
@@ -1612,6 +1755,59 @@ static int check_layout(const ps_layout *L, uint32_t *at) {
 
 static inline int has_squares(int function) { return function >= PS_VAR_SAMP && function <= PS_STDDEV_POP; }
 
+/* Marks what the plain paths of evict, apply and read can do, and lays out what they need. */
+static void specialize(ps_store *S, uint32_t n_steps) {
+    uint32_t filled = 0;
+    for (uint32_t c = 0; c < S->n_cells; c++) {
+        cell_t *cell = &S->cells[c];
+        cell->plain = (cell->is_float || cell->column < 0) && !cell->is_squares && !cell->is_distinct && !cell->is_last;
+        cell->first_plain = (int)filled;
+        for (int is_min = 0; is_min < 2; is_min++)
+            for (int q = 0; q < cell->n_pairs; q++) {
+                const pair_t *pair = &S->pairs[S->cell_pairs[cell->first_pair + q]];
+                cell->plain &= !pair->is_first;
+                uint32_t off = is_min ? pair->off_min : pair->off_max;
+                if (!off) continue;
+                S->plain_winners[filled++] = off;
+                if (is_min) cell->n_min++;
+                else cell->n_max++;
+            }
+    }
+    for (int e = 0; e < S->tail_start[S->n_tails]; e++) {
+        evict_t *evict = &S->evicts[e];
+        const pair_t *pair = &S->pairs[evict->pair];
+        const cell_t *cell = &S->cells[pair->cell];
+        *evict = (evict_t){cell->where_mask, pair->off_n,   pair->is_sum ? cell->off_sum : 0,
+                           cell->slot,       pair->j_sum,   evict->pair,
+                           (cell->is_float || cell->column < 0) && !pair->is_squares && !pair->is_distinct};
+    }
+    for (uint32_t s = 0; s < n_steps; s++) {
+        step_t *step = &S->steps[s];
+        const pair_t *pair = &S->pairs[step->pair];
+        const cell_t *cell = &S->cells[pair->cell];
+        step->count = step->sum = step->mean = step->min = step->max = -1;
+        step->plain = cell->is_float || cell->column < 0;
+        step->off_total = cell->off_n;
+        step->off_n = pair->off_n;
+        step->j_sum = pair->j_sum;
+        for (uint32_t r = step->first_result; r < step->first_result + step->n_results; r++) {
+            const result_t *res = &S->results[r];
+            int *place = NULL;
+            switch (res->function) {
+            case PS_COUNT:
+            case PS_COUNT_COLUMN: place = &step->count; break;
+            case PS_SUM: place = &step->sum; break;
+            case PS_MEAN: place = &step->mean; break;
+            case PS_MIN: place = &step->min; break;
+            case PS_MAX: place = &step->max; break;
+            }
+            if (!place || *place >= 0) step->plain = 0;
+            else *place = (int)res->out;
+        }
+        if (step->sum >= 0 || step->mean >= 0) step->off_sum = cell->off_sum;
+    }
+}
+
 /* Cells, tails, pairs and steps, each found once; then their places in the blob. */
 static int compile(ps_store *S, const ps_layout *L) {
     uint32_t n = L->n_outputs, n_cols = L->n_columns;
@@ -1621,14 +1817,15 @@ static int compile(ps_store *S, const ps_layout *L) {
     S->cells = calloc(n + 1, sizeof(cell_t));
     S->pairs = calloc(n + 1, sizeof(pair_t));
     S->cell_pairs = calloc(n + 1, sizeof(int));
-    S->tail_pairs = calloc(n + 1, sizeof(int));
+    S->evicts = calloc(n + 1, sizeof(evict_t));
+    S->plain_winners = calloc(2 * n + 1, sizeof(uint32_t));
     S->tail_start = calloc(n + 2, sizeof(int));
     S->steps = calloc(n + 1, sizeof(step_t));
     S->group_start = calloc(L->n_groups + 1, sizeof(uint32_t));
     S->results = calloc(n + 1, sizeof(result_t));
     int *pair_of = calloc(n + 1, sizeof(int));
-    if (!S->columns || !S->null_bit || !S->edge || !S->cells || !S->pairs || !S->cell_pairs || !S->tail_pairs
-        || !S->tail_start || !S->steps || !S->group_start || !S->results || !pair_of) {
+    if (!S->columns || !S->null_bit || !S->edge || !S->cells || !S->pairs || !S->cell_pairs || !S->evicts
+        || !S->plain_winners        || !S->tail_start || !S->steps || !S->group_start || !S->results || !pair_of) {
         free(pair_of);
         return PS_STORE_MEMORY;
     }
@@ -1736,7 +1933,7 @@ static int compile(ps_store *S, const ps_layout *L) {
     for (uint32_t k = 0; k < S->n_tails; k++) {
         S->tail_start[k] = filled;
         for (uint32_t p = 0; p < S->n_pairs; p++)
-            if (S->pairs[p].tail == (int)k) S->tail_pairs[filled++] = (int)p;
+            if (S->pairs[p].tail == (int)k) S->evicts[filled++].pair = (int)p;
     }
     S->tail_start[S->n_tails] = filled;
 
@@ -1750,7 +1947,8 @@ static int compile(ps_store *S, const ps_layout *L) {
             while (s < n_steps && (S->steps[s].pair != pair_of[i] || S->steps[s].right != right)) s++;
             if (s < n_steps) continue;
             step_t *step = &S->steps[n_steps++];
-            *step = (step_t){pair_of[i], right, n_results, 0};
+            *step = (step_t){.pair = pair_of[i], .right = right, .first_result = n_results};
+            S->any_left_closed |= (uint8_t)right;
             for (uint32_t j = i; j < end; j++) {
                 if (pair_of[j] != step->pair || (L->outputs[j].closed == PS_CLOSED_LEFT) != right) continue;
                 S->results[n_results++] = (result_t){L->outputs[j].function, (uint8_t)ps_output_type(L, j), j - begin,
@@ -1808,6 +2006,7 @@ static int compile(ps_store *S, const ps_layout *L) {
     }
 #undef TAKE
     S->event_work |= S->has_strings;
+    specialize(S, n_steps);
     if (off > (1u << 24) || S->n_summaries > 1024) return PS_STORE_LAYOUT_SIZE;
     S->blob_units = units_of(off);
     size_class(S->blob_units, &S->blob_units);
@@ -1857,9 +2056,12 @@ static int map_fresh(uint64_t max_bytes, char **base, uint64_t *reserved) {
     size &= ~(uint64_t)0xffff;
     if (size < 0x10000) size = 0x10000;
     for (;; size /= 2) {
-        void *p = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        char *p = mmap(NULL, size + HUGE_AFTER, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (p != MAP_FAILED) {
-            *base = p;
+            char *aligned = (char *)(((uintptr_t)p + HUGE_AFTER - 1) & ~(uintptr_t)(HUGE_AFTER - 1));
+            if (aligned > p) munmap(p, (size_t)(aligned - p));
+            munmap(aligned + size, (size_t)(HUGE_AFTER - (aligned - p)));
+            *base = aligned;
             *reserved = size;
             return 1;
         }
@@ -1876,7 +2078,8 @@ void ps_store_free(ps_store *S) {
     free(S->cells);
     free(S->pairs);
     free(S->cell_pairs);
-    free(S->tail_pairs);
+    free(S->evicts);
+    free(S->plain_winners);
     free(S->tail_start);
     free(S->steps);
     free(S->group_start);
@@ -1932,6 +2135,7 @@ int ps_store_load(ps_store *S, const void *bytes, uint64_t size) {
     if (size > S->reserved) return PS_STORE_MEMORY;
     if (!map_fresh(S->reserved, &fresh.base, &fresh.reserved)) return PS_STORE_MEMORY;
     fresh.committed = 0;
+    fresh.huge = 0;
     if (!commit_to(&fresh, size)) {
         munmap(fresh.base, fresh.reserved);
         return PS_STORE_MEMORY;
@@ -1942,6 +2146,7 @@ int ps_store_load(ps_store *S, const void *bytes, uint64_t size) {
     S->map = (map_t *)S->base;
     S->reserved = fresh.reserved;
     S->committed = fresh.committed;
+    S->huge = fresh.huge;
     return PS_STORE_OK;
 }
 

@@ -36,7 +36,7 @@ class Stats(NamedTuple):
     watermark: int
 
 class WindowStore:
-    """Exact window state. Not safe for two threads at once. Raises ValueError, naming what is wrong, on a bad layout."""
+    """Exact window state. Not safe for two threads at once. A bad layout raises ValueError naming what is wrong."""
 
     columns: tuple[str, ...]
     outputs: tuple[Output, ...]
