@@ -171,6 +171,7 @@ cdef class Rows:
         ps_slot *slots
         uint8_t *status
         ps_arena arena
+        char *keys_base       # where the arena stood when the keys were made
         RowKeys *keys
         Verdict *verdicts
         double *matrix

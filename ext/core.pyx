@@ -51,7 +51,7 @@ cdef extern from "time.h" nogil:
 
 cdef enum:
     MAX_ARMS = 64
-    SWEEP_EVERY = 8           # applied events between two sweeps
+    SWEEP_EVERY = 64          # applied events between two sweeps
     SWEEP_ENTITIES = 16       # entities looked at per sweep
     OUT_OF_MEMORY = -1
 
@@ -563,7 +563,8 @@ cdef class Core:
 
         if pipe == NULL:
             return 0
-        if self.read_views(pipe, keys, handles, events, apply, True, at, slots, status, arena) != 0:
+        # An event whose id was seen before is in the state already, or was late.
+        if self.read_views(pipe, keys, handles, events, apply or ingest < 0, True, at, slots, status, arena) != 0:
             return OUT_OF_MEMORY
 
         for i in range(pipe.n_functions):
@@ -678,7 +679,8 @@ cdef class Core:
             score = NAN
             if verdict.failed < 0:
                 verdict.failed = <int16_t>(pipe.n_functions + m)
-        pipe.model_counts[run.index] += 1
+        if verdict.outcome != OUTCOME_OFF:
+            pipe.model_counts[run.index] += 1
         slots[run.slot].f = score
         status[run.slot] = PS_NULL_VALUE if isnan(score) else PS_PRESENT
         if run.decides:
@@ -703,6 +705,8 @@ cdef class Core:
                     if not decided:
                         verdict.action = pipe.rules[i].action
                         decided = True
+        if verdict.outcome == OUTCOME_OFF:
+            return
         pipe.action_counts[verdict.action] += 1
         for i in range(pipe.n_assigns):
             pipe.arm_counts[i * (MAX_ARMS + 1) + (verdict.arms[i] if verdict.arms[i] >= 0 else MAX_ARMS)] += 1
@@ -1251,6 +1255,7 @@ cdef class BatchRun:
             if (<EventReader>self.readers[table]).read_row(self.columns[table], self.row_of(start + i), slots,
                                                            rows.status + i * rows.width, &rows.arena) != 0:
                 return OUT_OF_MEMORY
+        rows.keys_base = rows.arena.data
         for i in range(n):
             table = self.table_of(start + i)
             source = self.sources[table]
@@ -1296,6 +1301,7 @@ cdef class BatchRun:
         cdef PipeC *this
         cdef int64_t now = 0
         cdef RowKeys *keys
+        cdef char *base = rows.keys_base
         if not self.core.event_clock:
             now = self.core.now()
         for i in range(n):
@@ -1313,8 +1319,10 @@ cdef class BatchRun:
             source = self.sources[table]
             slots = rows.slots + i * rows.width
             this = pipe if self.scored[table] else NULL
-            # Views of strings append to the arena: keys point into it, and it may have moved.
-            if this != NULL:
+            # Views of strings append to the arena; where it has moved, keys that point into it are made again.
+            if rows.arena.data == base:
+                pass
+            elif this != NULL:
                 self.core.prepare_keys(this.keys, this.n_keys, slots, &rows.arena, &rows.keys[i])
             else:
                 self.core.prepare_keys(source.keys, source.n_keys, slots, &rows.arena, &rows.keys[i])
@@ -1342,6 +1350,7 @@ cdef class BatchRun:
         cdef Verdict *verdict
         cdef VerdictColumns v = self.verdicts
         cdef int n_arms
+        cdef int64_t now
         for c in range(self.n_out):
             out = &self.out[c]
             if out.kind == 2:
@@ -1362,11 +1371,11 @@ cdef class BatchRun:
                     out.data[written + i] = <char>rows.slots[row].i
         if v is not None:
             n_arms = len(self.pipe.texts.experiments)
+            now = self.core.now()
             for i in range(scored):
                 verdict = &rows.verdicts[which[i]]
                 if v.ids != NULL:
-                    self.core.ids.next(self.core.last_now if not self.core.event_clock else self.core.now(),
-                                       v.ids + 26 * (written + i))
+                    self.core.ids.next(now, v.ids + 26 * (written + i))
                 v.action[written + i] = verdict.action
                 v.model[written + i] = verdict.model
                 v.failed[written + i] = verdict.failed

@@ -97,7 +97,8 @@ def _pipeline(pipeline: PipelinePlan) -> str:
         guard = "always"
         if model.guard is not None:
             experiment = pipeline.experiments[model.guard[0]].experiment
-            guard = f"{experiment.name} = {list(experiment.arms)[model.guard[1]]}"
+            arm = list(experiment.arms)[model.guard[1]] if model.guard[1] >= 0 else "none"
+            guard = f"{experiment.name} = {arm}"
         rows.append(["model", model.model.ref, guard, "decides" if model.decides else "scores beside"])
     for step in pipeline.rules:
         rows.append(["rule", step.rule.name, step.rule.when, step.rule.action])

@@ -472,9 +472,17 @@ class Engine:
         action = arrays["action"].copy()
         if plan.fallback is None:
             action[failed >= 0] = -1
-        fired, inverse = np.unique(np.stack([arrays["fired"], failed.astype(np.uint64)]), axis=1, return_inverse=True)
-        kinds = [list(texts.reasons_for(int(f), np.uint64(e).astype(np.int16).item())) for f, e in fired.T]
-        reasons = pa.array(kinds, type=pa.list_(pa.string())).take(pa.array(inverse.ravel()))
+        # Few rows give reasons, and few different lists of them: code 0 is the empty list.
+        codes = np.zeros(rows, dtype=np.int32)
+        kinds: list[list[str]] = [[]]
+        known: dict[tuple[int, int], int] = {}
+        for row in np.flatnonzero((arrays["fired"] != 0) | (failed >= 0)).tolist():
+            what = (int(arrays["fired"][row]), int(failed[row]))
+            if what not in known:
+                known[what] = len(kinds)
+                kinds.append(list(texts.reasons_for(*what)))
+            codes[row] = known[what]
+        reasons = pa.array(kinds, type=pa.list_(pa.string())).take(pa.array(codes))
         score = arrays["score"]
         models = texts.models
         columns = {

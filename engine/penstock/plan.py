@@ -301,7 +301,9 @@ class _Compiler:
         if time is None:
             if len(times) != 1:
                 what = "no Timestamp field" if not times else f"several Timestamp fields ({', '.join(times)})"
-                self.problems.append(f'event {name}: {what}; say which is the event time: class {name}(Event, time="...")')
+                self.problems.append(
+                    f'event {name}: {what}; say which is the event time: class {name}(Event, time="...")'
+                )
                 return
             time = times[0]
         elif time not in times:
@@ -312,7 +314,9 @@ class _Compiler:
             return
         if options.event_id is not None:
             if options.event_id not in names:
-                self.problems.append(f"event {name}: event_id={options.event_id!r}{suggestion(options.event_id, names)}")
+                self.problems.append(
+                    f"event {name}: event_id={options.event_id!r}{suggestion(options.event_id, names)}"
+                )
                 return
             id_field = fields[names.index(options.event_id)]
             if id_field.type not in ("string", "int64") or id_field.optional:
@@ -609,7 +613,9 @@ class _PipelineCompiler:
             return
         key, key_type = slots[key_name]
         if key_type not in ("string", "int64") or event.fields[key].optional:
-            self.problem(f": {event.name}.{key_name} is the key of view {view.name}; it must be a str or an int, not None")
+            self.problem(
+                f": {event.name}.{key_name} is the key of view {view.name}; it must be a str or an int, not None"
+            )
             return
         if key_type != view.key_type and entity.type is None:
             self.problem(
@@ -688,7 +694,9 @@ class _PipelineCompiler:
         for experiment in self.pipeline.experiments:
             place = f': experiment "{experiment.name}"'
             if experiment.unit not in slots:
-                self.problem(f"{place}: {event.name} has no field {experiment.unit!r}{suggestion(experiment.unit, slots)}")
+                self.problem(
+                    f"{place}: {event.name} has no field {experiment.unit!r}{suggestion(experiment.unit, slots)}"
+                )
                 continue
             unit, unit_type = slots[experiment.unit]
             if unit_type not in ("string", "int64"):
@@ -722,10 +730,20 @@ class _PipelineCompiler:
             missing = [arm for arm in arms if arm not in model.values]
             if missing:
                 self.problem(f": by_arm of {model.experiment} gives no model for arm {', '.join(missing)}")
+            if model.otherwise is not None:
+                deciding.append((_as_model(model.otherwise), (at, -1)))
+            elif experiments[at].experiment.coverage < 1:
+                coverage = experiments[at].experiment.coverage
+                self.problem(
+                    f": by_arm of {model.experiment} (coverage {coverage:g}) gives no model for units outside it; "
+                    "say otherwise=..."
+                )
         elif model is not None:
             deciding.append((_as_model(model), None))
         steps: list[ModelStep] = []
-        every = [(m, guard, True) for m, guard in deciding] + [(_as_model(m), None, False) for m in self.pipeline.models]
+        every = [(m, guard, True) for m, guard in deciding] + [
+            (_as_model(m), None, False) for m in self.pipeline.models
+        ]
         for definition, guard, decides in every:
             if not re.fullmatch(r"[^@/\\\s]+@[^@/\\\s]+", definition.ref):
                 self.problem(f": model {definition.ref!r}: expected name@version or name@alias")

@@ -39,12 +39,16 @@ class Experiment(_ExperimentFields, frozen=True, kw_only=True):
 
 
 class ByArm(msgspec.Struct, frozen=True):
-    """One value per arm of an experiment: models, or parameters. Made by `by_arm`."""
+    """One value per arm of an experiment, and one for units outside it: models, or parameters. Made by `by_arm`."""
 
     experiment: str
     values: Mapping[str, Any]
+    otherwise: Any = None
 
 
-def by_arm(experiment: str | Experiment, /, **values: Any) -> ByArm:
-    """`by_arm("challenger", tree="fraud@1", xgb="fraud@2")`: the value of the arm that the unit has."""
-    return ByArm(experiment if isinstance(experiment, str) else experiment.name, values)
+def by_arm(experiment: str | Experiment, /, *, otherwise: Any = None, **values: Any) -> ByArm:
+    """`by_arm("challenger", tree="fraud@1", xgb="fraud@2")`: the value of the arm that the unit has.
+
+    otherwise: for units that are not in the experiment; needed where its coverage is below 1.
+    """
+    return ByArm(experiment if isinstance(experiment, str) else experiment.name, values, otherwise)
