@@ -6,8 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-for needed in ("numba", "onnxruntime", "pandas", "pyarrow", "skl2onnx", "sklearn", "xgboost"):
-    pytest.importorskip(needed)
+pytest.importorskip("numba")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("pandas")
+pytest.importorskip("pyarrow")
+pytest.importorskip("skl2onnx")
+pytest.importorskip("sklearn")
+pytest.importorskip("xgboost")
 
 from penstock.demo import dataset, pandas_features, replays, run, slow_features
 from penstock.demo.generator import Transactions, generate

@@ -30,7 +30,7 @@ def say(text: str = "") -> None:
 
 def fact(what: str, value: str, note: str = "") -> None:
     """One figure per line: what it is, its value, and how to judge it."""
-    say(f"{what:<44} {value:>16}   {note}")
+    say(f"{what:<40} {value:>12}   {note}")
 
 
 def verdict(ok: bool, good: str = "ok", bad: str = "WRONG") -> str:
