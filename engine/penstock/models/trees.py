@@ -1,0 +1,59 @@
+"""Tree ensembles from files: LightGBM text, XGBoost JSON and UBJSON, ONNX (control path).
+
+Whatever bytes the file holds, loading ends with a model, a ValueError that says where the file is wrong, or NotATreeModel.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from penstock._ext.trees import TreeModel
+
+from .tree_ensemble import NotATreeModel, TreeEnsemble, TreeError
+
+__all__ = ["NotATreeModel", "TreeEnsemble", "TreeModel", "load_trees", "read_ensemble"]
+
+
+def read_ensemble(path: str | os.PathLike[str]) -> TreeEnsemble:
+    """The shared form of a model file, by its suffix: .txt, .json, .ubj or .onnx. Raises as load_trees does."""
+    path = Path(path)
+    data = path.read_bytes()
+    try:
+        if path.suffix == ".txt":
+            from .lightgbm_text import parse_lightgbm
+
+            try:
+                text = data.decode()
+            except UnicodeDecodeError as error:
+                raise TreeError(f"byte {error.start}: not UTF-8 text") from None
+            return parse_lightgbm(text)
+        if path.suffix in (".json", ".ubj"):
+            from .xgboost_model import parse_xgboost_json, parse_xgboost_ubj
+
+            return parse_xgboost_json(data) if path.suffix == ".json" else parse_xgboost_ubj(data)
+        if path.suffix == ".onnx":
+            from .onnx_trees import parse_onnx
+
+            return parse_onnx(data)
+    except TreeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    raise ValueError(f"{path}: expected a name that ends in .txt, .json, .ubj or .onnx")
+
+
+def load_trees(
+    path: str | os.PathLike[str],
+    layout: Literal["auto", "plain", "walk", "masks"] = "auto",
+    simd: Literal["auto", "portable", "avx2"] = "auto",
+) -> TreeModel:
+    """A scorer for a model file. Inputs are float64, NaN is missing; scores equal the training library's.
+
+    layout and simd force a variant of the kernel; every one gives the same bits. Raises ValueError naming the file and
+    the place where it is damaged or not supported, NotATreeModel for an ONNX graph that is not one tree ensemble, OSError.
+    """
+    ensemble = read_ensemble(path)
+    try:
+        return TreeModel(ensemble, layout, simd)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,56 @@
+# trees.pxd (hot path): a tree ensemble laid out for scoring; the scorer itself is tree_kernel.c.
+
+from libc.stdint cimport int32_t, uint8_t, uint32_t
+
+
+cdef extern from "model.h" nogil:
+    ctypedef struct ps_model:
+        int (*predict)(const ps_model *self, const double *x, size_t rows, size_t stride, double *out) noexcept nogil
+        void *state
+        uint32_t n_inputs
+        uint32_t n_outputs
+
+
+cdef extern from "tree_kernel.h" nogil:
+    ctypedef struct ps_trees:
+        pass
+
+    ctypedef struct ps_trees_form:
+        uint32_t n_trees, n_nodes, n_leaves, n_inputs, n_raw, n_outputs, n_weights
+        const int32_t *roots
+        const int32_t *feature
+        const double *threshold
+        const int32_t *yes
+        const int32_t *no
+        const uint8_t *nan_yes
+        const int32_t *steps_begin
+        const double *steps
+        const uint8_t *steps_first
+        const int32_t *weight_begin
+        const int32_t *weight_target
+        const double *weight
+        const double *base
+        int32_t n_base
+        uint8_t round_input, accumulate32, base_first, aggregate, transform
+        uint8_t onnx_post, onnx_binary, onnx_all_positive, onnx_output32
+        double slope, divisor
+
+    ps_trees *ps_trees_build(const ps_trees_form *form, int layout, int simd, char *error)
+    void ps_trees_free(ps_trees *trees)
+    int ps_trees_predict(const ps_trees *trees, const double *x, size_t rows, size_t stride, double *out, int raw)
+    int ps_trees_model_predict(const ps_model *self, const double *x, size_t rows, size_t stride, double *out)
+    int ps_trees_layout_of(const ps_trees *trees)
+    int ps_trees_simd_of(const ps_trees *trees)
+    int ps_trees_mask_bits(const ps_trees *trees)
+    size_t ps_trees_bytes(const ps_trees *trees)
+    float ps_trees_xgboost_margin(float base_score, int link)
+
+
+cdef class TreeModel:
+    cdef:
+        ps_model model
+        ps_trees *trees
+        uint32_t n_raw_scores
+        readonly tuple feature_names
+
+    cdef object score(self, object x, bint raw)

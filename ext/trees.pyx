@@ -1,0 +1,186 @@
+# trees.pyx (hot path): the Python face of tree_kernel.c; one row scored from Python costs little more than the kernel.
+#
+# A TreeModel is immutable: any thread may score, and the ps_model it holds lives as long as it does.
+"""Tree ensembles, scored bit for bit as the library that trained them."""
+
+import numpy as np
+
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport uintptr_t
+
+cdef object empty = np.empty
+cdef dict LAYOUTS = {"auto": 0, "plain": 1, "walk": 2, "masks": 3}
+cdef dict SIMD = {"auto": 0, "portable": 1, "avx2": 2}
+
+
+cdef object array_of(object form, str name, object dtype, Py_ssize_t size):
+    array = np.ascontiguousarray(getattr(form, name), dtype=dtype)
+    if array.ndim != 1 or array.shape[0] != size:
+        raise ValueError(f"{name}: expected {size} values, got {array.shape}")
+    return array
+
+
+cdef class TreeModel:
+    """A scorer made of a models.tree_ensemble.TreeEnsemble. Build one with models.trees.load_trees."""
+
+    def __cinit__(self, form, str layout="auto", str simd="auto"):
+        cdef ps_trees_form f
+        cdef char error[256]
+        cdef const int32_t[::1] roots, feature, yes, no, steps_begin, weight_begin, weight_target
+        cdef const double[::1] threshold, steps, weight, base
+        cdef const uint8_t[::1] nan_yes, steps_first
+        cdef int wanted = LAYOUTS[layout], instructions = SIMD[simd]
+        cdef Py_ssize_t n = len(form.feature), leaves = len(form.weight_begin) - 1
+        if leaves < 1:
+            raise ValueError("weight_begin: expected one more value than there are leaves")
+        roots = array_of(form, "roots", np.int32, len(form.roots))
+        feature = array_of(form, "feature", np.int32, n)
+        threshold = array_of(form, "threshold", np.float64, n)
+        yes = array_of(form, "yes", np.int32, n)
+        no = array_of(form, "no", np.int32, n)
+        nan_yes = array_of(form, "nan_yes", np.uint8, n)
+        steps_begin = array_of(form, "steps_begin", np.int32, n + 1)
+        steps_first = array_of(form, "steps_first", np.uint8, n)
+        steps = array_of(form, "steps", np.float64, int(steps_begin[n]))
+        weight_begin = array_of(form, "weight_begin", np.int32, leaves + 1)
+        weight_target = array_of(form, "weight_target", np.int32, len(form.weight_target))
+        weight = array_of(form, "weight", np.float64, len(form.weight_target))
+        base = array_of(form, "base", np.float64, len(form.base))
+        f.n_trees = len(form.roots)
+        f.n_nodes = n
+        f.n_leaves = leaves
+        f.n_inputs = form.n_inputs
+        f.n_raw = form.n_raw
+        f.n_outputs = form.n_outputs
+        f.n_weights = len(form.weight_target)
+        f.roots = &roots[0] if roots.shape[0] else NULL
+        f.feature = &feature[0] if feature.shape[0] else NULL
+        f.threshold = &threshold[0] if threshold.shape[0] else NULL
+        f.yes = &yes[0] if yes.shape[0] else NULL
+        f.no = &no[0] if no.shape[0] else NULL
+        f.nan_yes = &nan_yes[0] if nan_yes.shape[0] else NULL
+        f.steps_begin = &steps_begin[0] if steps_begin.shape[0] else NULL
+        f.steps = &steps[0] if steps.shape[0] else NULL
+        f.steps_first = &steps_first[0] if steps_first.shape[0] else NULL
+        f.weight_begin = &weight_begin[0] if weight_begin.shape[0] else NULL
+        f.weight_target = &weight_target[0] if weight_target.shape[0] else NULL
+        f.weight = &weight[0] if weight.shape[0] else NULL
+        f.base = &base[0] if base.shape[0] else NULL
+        f.n_base = len(form.base)
+        f.round_input = form.round_input
+        f.accumulate32 = form.accumulate32
+        f.base_first = form.base_first
+        f.aggregate = form.aggregate
+        f.transform = form.transform
+        f.onnx_post = form.onnx_post
+        f.onnx_binary = form.onnx_binary
+        f.onnx_all_positive = form.onnx_all_positive
+        f.onnx_output32 = form.onnx_output32
+        f.slope = form.slope
+        f.divisor = form.divisor
+        with nogil:
+            self.trees = ps_trees_build(&f, wanted, instructions, error)
+        if self.trees == NULL:
+            raise ValueError((<bytes> error).decode())
+        self.n_raw_scores = f.n_raw
+        self.model.predict = ps_trees_model_predict
+        self.model.state = self.trees
+        self.model.n_inputs = f.n_inputs
+        self.model.n_outputs = f.n_outputs
+        self.feature_names = tuple(form.feature_names) if form.feature_names else None
+
+    def __dealloc__(self):
+        ps_trees_free(self.trees)
+
+    @property
+    def abi(self) -> int:
+        """Address of the ps_model (ext/model.h); valid while this object lives."""
+        return <uintptr_t> &self.model
+
+    @property
+    def n_inputs(self) -> int:
+        return self.model.n_inputs
+
+    @property
+    def n_outputs(self) -> int:
+        return self.model.n_outputs
+
+    @property
+    def n_raw(self) -> int:
+        return self.n_raw_scores
+
+    @property
+    def layout(self) -> str:
+        """The layout that was chosen: masks32, masks64, walk or plain."""
+        cdef int layout = ps_trees_layout_of(self.trees)
+        if layout == 3:
+            return f"masks{ps_trees_mask_bits(self.trees)}"
+        return "walk" if layout == 2 else "plain"
+
+    @property
+    def simd(self) -> str:
+        """avx2 or portable."""
+        return "avx2" if ps_trees_simd_of(self.trees) == 2 else "portable"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables, all layouts together."""
+        return ps_trees_bytes(self.trees)
+
+    cdef object score(self, object x, bint raw):
+        cdef Py_buffer source, target
+        cdef Py_ssize_t rows, stride
+        cdef int failed
+        PyObject_GetBuffer(x, &source, PyBUF_FORMAT | PyBUF_STRIDES)
+        if (source.ndim != 2 or source.format[0] != c"d" or source.format[1] or source.strides[1] != 8
+                or source.strides[0] < 0 or source.strides[0] % 8 or <uintptr_t> source.buf % 8):
+            PyBuffer_Release(&source)
+            x = np.require(x, np.float64, "CA")
+            if x.ndim != 2:
+                raise ValueError(f"X: expected shape (rows, {self.model.n_inputs}), got {x.shape}")
+            PyObject_GetBuffer(x, &source, PyBUF_FORMAT | PyBUF_STRIDES)
+        try:
+            rows = source.shape[0]
+            stride = source.strides[0] // 8
+            if source.shape[1] != self.model.n_inputs:
+                raise ValueError(f"X: expected shape (rows, {self.model.n_inputs}), got {np.shape(x)}")
+            out = empty((rows, self.n_raw_scores if raw else self.model.n_outputs))
+            PyObject_GetBuffer(out, &target, PyBUF_STRIDES | PyBUF_WRITABLE)
+            if rows <= 4:
+                failed = ps_trees_predict(self.trees, <double *> source.buf, rows, stride, <double *> target.buf, raw)
+            else:
+                with nogil:
+                    failed = ps_trees_predict(self.trees, <double *> source.buf, rows, stride,
+                                              <double *> target.buf, raw)
+            PyBuffer_Release(&target)
+        finally:
+            PyBuffer_Release(&source)
+        if failed:
+            raise MemoryError(f"scoring {rows} rows of {self.model.n_inputs} inputs")
+        return out
+
+    def predict(self, x):
+        """Transformed scores, (rows, n_outputs) float64. x: (rows, n_inputs) float64, NaN is missing.
+
+        Raises ValueError for another shape.
+        """
+        return self.score(x, False)
+
+    def predict_raw(self, x):
+        """Scores before the transform, base values included, (rows, n_raw) float64."""
+        return self.score(x, True)
+
+
+def xgboost_margin(float base_score, int link):
+    """The margin that XGBoost starts from, in its own float32 arithmetic. link: 0 none, 1 logit, 2 log."""
+    return ps_trees_xgboost_margin(base_score, link)
+
+
+cdef extern from *:
+    "extern int ps_trees_table_target;"
+    int ps_trees_table_target
+
+
+def _table_target(int size):
+    global ps_trees_table_target
+    ps_trees_table_target = size
