@@ -1,7 +1,7 @@
 """Start and stop of the server (control path).
 
-Start: take the port, load the engine, warm up, freeze the garbage collector's view, then listen. Stop (SIGTERM or
-SIGINT): accept no more connections, answer what was accepted with `Connection: close`, exit 0; a second signal stops at
+Start: take the port, load the engine, freeze what the garbage collector would walk, then accept (the kernel queues who
+comes earlier). Stop (SIGTERM or SIGINT): accept no more connections, answer what was accepted with `Connection: close`, exit 0; a second signal stops at
 once. What must stay true: a request whose bytes were accepted before the signal is answered.
 """
 
@@ -102,7 +102,6 @@ async def _serve(engine: Engine, config: ServerConfig, listener: socket.socket) 
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    warm_up(engine, server)
     gc.collect()
     gc.freeze()
     acceptor = await loop.create_server(server, sock=listener, backlog=BACKLOG)
@@ -155,22 +154,6 @@ def _within_descriptors(config: ServerConfig) -> ServerConfig:
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return config
     return msgspec.structs.replace(config, max_connections=max(1, soft - SPARE_DESCRIPTORS))
-
-
-def warm_up(engine: Engine, server: HttpServer) -> None:
-    """Score one made-up event per pipeline without leaving anything behind, so that the first request is not the slowest."""
-    import msgspec
-
-    from ..errors import EventError, ScoringError
-
-    for pipeline in engine.plan.pipelines.values():
-        event = sample_event(engine.plan, pipeline.event)
-        wire = engine.core.wire_type(engine.plan.events[pipeline.event].index)
-        try:
-            for _ in range(3):
-                engine.core.score(pipeline.index, msgspec.convert(event, wire), False, False).json()
-        except (EventError, ScoringError):
-            continue
 
 
 def sample_event(plan: Plan, name: str) -> dict[str, Any]:
