@@ -156,8 +156,8 @@ class _Compiler:
                 if token.type == tokenize.COMMENT:
                     self.error("# is not supported: an expression has no comments", start + token.start[1] + 1)
         except SyntaxError as error:
-            column = start + error.offset if error.offset else None
-            self.error(self.syntax_problem(error), column)
+            end = len(self.line.rstrip()) + 1
+            self.error(self.syntax_problem(error), start + (error.offset or end))
         except (ValueError, MemoryError, tokenize.TokenError) as error:
             if isinstance(error, ExpressionError):
                 raise
