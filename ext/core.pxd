@@ -56,6 +56,7 @@ ctypedef struct Read:
     int first
     int use                   # index of the event's own use of the same store and key, or -1
     uint8_t with_event        # include_request_event (S8)
+    uint8_t strings           # some output is a string
     int n_outputs
     int n_defaults
     Default *defaults
@@ -149,7 +150,9 @@ cdef class Source:
         list keep
 
     cdef int add_key(self, int slot, bint is_int, bint to_int) except -1
-    cdef void turn_over(self)
+    cdef dict home_of(self, object id)
+    cdef void turn_over(self, int64_t watermark)
+    cdef void judge(self, int64_t at, int64_t ingest_time, int64_t *watermark) noexcept nogil
 
 
 cdef class Pipe:
@@ -160,6 +163,8 @@ cdef class Pipe:
         readonly int index
         DecisionTexts texts
         tuple python_functions
+        tuple slot_types
+        object error              # what a Python function raised last
         list keep
 
 
@@ -188,6 +193,7 @@ cdef class Core:
         dict source_of            # event class -> Source
         list keep
         Rows single
+        ps_arena spare            # strings of an event that a read is asked to count in
         bytes constants
         IdSource ids
         int64_t last_now

@@ -56,21 +56,26 @@ cdef enum:
     OUT_OF_MEMORY = -1
 
 _cores = weakref.WeakSet()
+cdef dict _held = {}          # forking thread -> the engines that it holds; two threads may fork at once
 
 
 def _before_fork():
-    for core in list(_cores):
-        core.hold()
+    held = _held[PyThread_get_thread_ident()] = []
+    for core in sorted(_cores, key=id):
+        if core.hold():
+            held.append(core)
 
 
 def _after_fork_parent():
-    for core in list(_cores):
+    for core in _held.pop(PyThread_get_thread_ident()):
         core.release()
 
 
 def _after_fork_child():
-    for core in list(_cores):
+    for core in _held.pop(PyThread_get_thread_ident()):
         core.release()
+    _held.clear()
+    for core in list(_cores):
         core.mark_forked()
 
 
@@ -143,12 +148,23 @@ cdef class Source:
                 use.expressions = program.api
             self.keep.append((store, programs))
 
-    cdef void turn_over(self):
+    cdef dict home_of(self, object id):
+        """Which generation remembers an event id, or None."""
+        if id in self.seen:
+            return self.seen
+        return self.seen_before if id in self.seen_before else None
+
+    cdef void turn_over(self, int64_t watermark):
         """Forget event ids older than lateness + retry_window behind the watermark; some are kept twice as long."""
-        if self.c.watermark - self.turned > self.remember:
-            self.seen_before = self.seen
+        if watermark - self.turned > self.remember:
+            self.seen_before = self.seen if watermark - self.turned <= 2 * self.remember else {}
             self.seen = {}
-            self.turned = self.c.watermark
+            self.turned = watermark
+
+    cdef void judge(self, int64_t at, int64_t ingest_time, int64_t *watermark) noexcept nogil:
+        """The watermark that an event will leave behind, as Core.advance will decide (S14)."""
+        if at <= ingest_time + self.c.max_skew and watermark[0] - at <= self.c.lateness and at > watermark[0]:
+            watermark[0] = at
 
     @property
     def watermark(self):
@@ -181,6 +197,7 @@ cdef class Pipe:
         self.index = plan.index
         self.texts = texts
         self.keep = []
+        self.slot_types = tuple(slot.type for slot in plan.slots)
         self.c.n_slots = len(plan.slots)
         self.c.n_keys = source.c.n_keys
         for i in range(source.c.n_keys):
@@ -230,6 +247,7 @@ cdef class Pipe:
             read.first = first
             read.n_outputs = n_outputs
             read.with_event = with_event
+            read.strings = "string" in self.slot_types[first:first + n_outputs]
             read.use = -1
             for j in range(self.source.c.n_uses):
                 if self.source.c.uses[j].store == store.ptr and self.source.c.uses[j].key == read.key:
@@ -388,6 +406,7 @@ cdef class Core:
 
     def __dealloc__(self):
         free(self.mutex)
+        free(self.spare.data)
 
     def _widths(self):
         cdef Source source
@@ -421,14 +440,15 @@ cdef class Core:
         return 0
 
     def hold(self):
-        """Before a fork: wait until no call is inside."""
-        if self.owner != PyThread_get_thread_ident():
-            with nogil:
-                pthread_mutex_lock(<pthread_mutex_t *>self.mutex)
+        """Before a fork: wait until no call is inside. False where the call inside is this thread's own."""
+        if self.owner == PyThread_get_thread_ident():
+            return False
+        with nogil:
+            pthread_mutex_lock(<pthread_mutex_t *>self.mutex)
+        return True
 
     def release(self):
-        if self.owner != PyThread_get_thread_ident():
-            pthread_mutex_unlock(<pthread_mutex_t *>self.mutex)
+        pthread_mutex_unlock(<pthread_mutex_t *>self.mutex)
 
     def mark_forked(self):
         self.forked = True
@@ -493,6 +513,7 @@ cdef class Core:
         cdef bint apply = False
         cdef ps_slot *value
         cdef Function *function
+        cdef char *base = arena.data
 
         if pipe != NULL:
             verdict.fired = 0
@@ -537,6 +558,9 @@ cdef class Core:
         if pipe != NULL and self.read_views(pipe, keys, handles, events, False, False, at, slots, status, arena) != 0:
             return OUT_OF_MEMORY
 
+        if arena.data != base:
+            # The views read so far have appended strings: the keys' texts have moved with the arena.
+            self.prepare_keys(pipe.keys, pipe.n_keys, slots, arena, keys)
         if apply:
             # All stores or none: every blob exists before the first event is applied.
             for i in range(source.n_uses):
@@ -596,16 +620,27 @@ cdef class Core:
         cdef ps_handle handle
         cdef const ps_event *extra
         cdef ps_event moved
+        cdef uint64_t ignored
+        cdef char *base = arena.data
         for i in range(pipe.n_reads):
             read = &pipe.reads[i]
             if read.with_event != with_event:
                 continue
+            if arena.data != base:
+                base = arena.data
+                self.prepare_keys(pipe.keys, pipe.n_keys, slots, arena, keys)
             extra = NULL
             if read.use >= 0:
                 handle = handles[read.use]
                 if with_event and not applied:
                     moved = events[read.use]
                     moved.arena = arena.data
+                    if read.strings:
+                        # The read appends to the arena, which may move under the event's own strings.
+                        self.spare.used = 0
+                        if ps_arena_append(&self.spare, arena.data, arena.used, &ignored) != 0:
+                            return OUT_OF_MEMORY
+                        moved.arena = self.spare.data
                     extra = &moved
             else:
                 handle = read.api.find(read.store, &keys.key[read.key], keys.hash[read.key])
@@ -748,16 +783,20 @@ cdef class Core:
         cdef int which = 0
         cdef int64_t now, ingest_time
         cdef object id = None
+        cdef dict home = None
         cdef Decision decision
         cdef Verdict verdict
         rows.arena.used = <uint32_t>PyBytes_GET_SIZE(self.constants)
         source.reader.read_object(event, rows.slots, rows.status, &rows.arena, "")
         if source.has_id:
             id = self.id_of(source, rows.slots, &rows.arena)
-            known = source.seen.get(id, self)
-            if known is self:
-                known = source.seen_before.get(id, self)
-            if known is not self:
+            home = source.home_of(id)
+            if home is not None:
+                known = home[id]
+                if known is not None and (<Decision>known).texts is not pipe.texts:
+                    # Another pipeline decided on this event: what this one decided stands beside it.
+                    id = (id, pipe.index)
+                    known = home.get(id)
                 if known is not None:
                     decision = <Decision>known
                     verdict = decision.verdict
@@ -767,7 +806,7 @@ cdef class Core:
                     answer.row = decision.row
                     answer.strings = decision.strings
                     return answer
-                mode = -1 if ingest else 0
+                mode = -1
         now = self.now()
         ingest_time = rows.slots[source.c.time].i if self.event_clock else now
         self.prepare_keys(pipe.c.keys, pipe.c.n_keys, rows.slots, &rows.arena, rows.keys)
@@ -779,11 +818,19 @@ cdef class Core:
         self.decide(&pipe.c, rows.slots, rows.status, &rows.arena, rows.verdicts)
         self.sweep(&source.c)
         decision = self.finish(pipe, rows, 0, now, explain)
+        failed = rows.verdicts.failed >= 0 and pipe.c.fallback < 0
         if id is not None and ingest:
-            source.turn_over()
-            source.seen[id] = decision
-        if rows.verdicts.failed >= 0 and pipe.c.fallback < 0:
-            raise ScoringError(pipe.texts.failures[rows.verdicts.failed], mode == 1)
+            if home is None:
+                source.turn_over(source.c.watermark)
+                home = source.seen
+            # An error is no decision: asked again, the event is scored again, but not applied again.
+            home[id] = None if failed else decision
+        if failed:
+            error, pipe.error = pipe.error, None
+            text = pipe.texts.failures[rows.verdicts.failed]
+            if error is not None:
+                text += f": {type(error).__name__}: {error}"
+            raise ScoringError(text, mode == 1) from error
         return decision
 
     cdef void hash_keys(self, int n_keys, Read *reads, int n_reads, SourceC *source, RowKeys *keys) noexcept nogil:
@@ -841,7 +888,7 @@ cdef class Core:
         source.reader.read_object(event, rows.slots, rows.status, &rows.arena, "")
         if source.has_id:
             id = self.id_of(source, rows.slots, &rows.arena)
-            if id in source.seen or id in source.seen_before:
+            if source.home_of(id) is not None:
                 source.c.outcomes[<int>OUTCOME_DUPLICATE] += 1
                 return OUTCOME_DUPLICATE
         ingest_time = rows.slots[source.c.time].i if self.event_clock else self.now()
@@ -852,7 +899,7 @@ cdef class Core:
             raise EngineError("out of memory: the event was not ingested")
         self.sweep(&source.c)
         if id is not None:
-            source.turn_over()
+            source.turn_over(source.c.watermark)
             source.seen[id] = None
         return rows.verdicts.outcome
 
@@ -887,7 +934,7 @@ cdef class Core:
         """One view's outputs for several keys: a list of (values, statuses), one per key. Raises ReplayNeeded (S14)."""
         cdef Source s = <Source>self.sources[source]
         cdef int n = len(types)
-        cdef ps_slot *slots = <ps_slot *>checked(n, sizeof(ps_slot))
+        cdef ps_slot *slots = NULL
         cdef uint8_t *status = NULL
         cdef ps_key key
         cdef bytes text
@@ -896,6 +943,7 @@ cdef class Core:
         cdef ps_handle handle
         self.enter()
         try:
+            slots = <ps_slot *>checked(n, sizeof(ps_slot))
             status = <uint8_t *>checked(n, 1)
             if as_of < s.c.watermark - s.c.lateness:
                 raise ReplayNeeded(
@@ -1043,7 +1091,8 @@ cdef int call_python(void *pipe_object, int index, Function *function, ps_slot *
             slots[function.slot].i = int(result)
         status[function.slot] = PS_PRESENT
         return 0
-    except Exception:
+    except Exception as error:
+        pipe.error = error
         return 1
 
 
@@ -1201,6 +1250,7 @@ cdef class BatchRun:
         cdef Core core = self.core
         cdef Py_ssize_t start = 0, written = 0, reported = 0
         cdef int n, scored, code
+        cdef int64_t now = 0
         width, inputs, outputs = core._widths()
         cdef Rows rows = Rows(BLOCK, width, inputs, outputs, core.constants)
         cdef int which[BLOCK]
@@ -1214,9 +1264,11 @@ cdef class BatchRun:
                 with nogil:
                     code = self.decode(rows, start, n)
                 if code == 0:
-                    ids = self.look_up(rows, start, n, modes) if self.any_id else None
+                    if not core.event_clock:
+                        now = core.now()
+                    ids = self.look_up(rows, start, n, now, modes) if self.any_id else None
                     with nogil:
-                        scored = self.step(rows, start, n, modes, ids is not None, which)
+                        scored = self.step(rows, start, n, now, modes, ids is not None, which)
                     if scored < 0:
                         code = scored
                 if code == 0 and scored:
@@ -1226,6 +1278,8 @@ cdef class BatchRun:
                     written += scored
             finally:
                 core.leave()
+            if self.pipe is not None:
+                self.pipe.error = None
             if code != 0:
                 raise EngineError(f"out of memory after {start} rows; the rows before were ingested")
             start += n
@@ -1273,37 +1327,52 @@ cdef class BatchRun:
                 source.uses[j].api.prefetch(source.uses[j].store, keys.hash[source.uses[j].key])
         return 0
 
-    cdef list look_up(self, Rows rows, Py_ssize_t start, int n, int *modes):
-        """For rows with an event id: which were seen before. Returns per row its id, or None where the type has none."""
-        cdef int i
+    cdef list look_up(self, Rows rows, Py_ssize_t start, int n, int64_t now, int *modes):
+        """For rows with an event id: which were seen before. Returns per row (its key, the generation that holds it),
+        or None where the type has no ids."""
+        cdef int i, table
+        cdef int64_t at
         cdef Source source
+        cdef dict home
         cdef list ids = []
+        cdef int64_t watermarks[32]
+        for i in range(self.n_tables):
+            watermarks[i] = self.sources[i].watermark
         for i in range(n):
-            source = <Source>self.tables[self.table_of(start + i)]
+            table = self.table_of(start + i)
+            source = <Source>self.tables[table]
             modes[i] = self.ingest
             if not source.has_id:
                 ids.append(None)
                 continue
             id = self.core.id_of(source, rows.slots + i * rows.width, &rows.arena)
-            ids.append(id)
-            if id in source.seen or id in source.seen_before:
-                modes[i] = -1 if self.ingest else 0
+            home = source.home_of(id)
+            if home is not None:
+                modes[i] = -1
+                if self.scored[table]:
+                    known = home[id]
+                    if known is not None and (<Decision>known).texts is not self.pipe.texts:
+                        id = (id, self.pipe.index)
             elif self.ingest:
-                source.seen[id] = None
+                # Ids are forgotten as each row moves the watermark, so that a table forgets what its rows would.
+                at = rows.slots[i * rows.width + source.c.time].i
+                source.judge(at, at if self.core.event_clock else now, &watermarks[table])
+                source.turn_over(watermarks[table])
+                home = source.seen
+                home[id] = None
+            ids.append((id, home))
         return ids
 
-    cdef int step(self, Rows rows, Py_ssize_t start, int n, const int *modes, bint have_modes, int *which) noexcept nogil:
+    cdef int step(self, Rows rows, Py_ssize_t start, int n, int64_t now, const int *modes, bint have_modes,
+                  int *which) noexcept nogil:
         """Advance every row in order, then models, then rules. Returns how many rows were scored, or OUT_OF_MEMORY."""
         cdef int i, j, ahead, table, scored = 0
         cdef SourceC *source
         cdef ps_slot *slots
         cdef PipeC *pipe = &self.pipe.c if self.pipe is not None else NULL
         cdef PipeC *this
-        cdef int64_t now = 0
         cdef RowKeys *keys
         cdef char *base = rows.keys_base
-        if not self.core.event_clock:
-            now = self.core.now()
         for i in range(n):
             ahead = i + 6
             if ahead < n:
@@ -1389,7 +1458,7 @@ cdef class BatchRun:
     cdef int remember(self, Rows rows, Py_ssize_t start, const int *which, int scored, Py_ssize_t written, list ids) except -1:
         """Keep the decision of each new id, and give a repeated one its first decision."""
         cdef int i, row, k
-        cdef Source source
+        cdef dict home
         cdef Decision decision
         cdef VerdictColumns v = self.verdicts
         cdef int n_arms = len(self.pipe.texts.experiments)
@@ -1397,16 +1466,15 @@ cdef class BatchRun:
             return 0
         for i in range(scored):
             row = which[i]
-            id = ids[row]
-            if id is None:
+            if ids[row] is None:
                 continue
-            source = <Source>self.tables[self.table_of(start + row)]
-            known = source.seen.get(id)
+            id, home = ids[row]
+            if home is None:
+                continue
+            known = home.get(id)
             if known is None:
-                known = source.seen_before.get(id)
-            if known is None:
-                if self.ingest:
-                    source.seen[id] = Decision.new(self.pipe.texts, v.ids + 26 * (written + i), &rows.verdicts[row])
+                if self.ingest and (rows.verdicts[row].failed < 0 or self.pipe.c.fallback >= 0):
+                    home[id] = Decision.new(self.pipe.texts, v.ids + 26 * (written + i), &rows.verdicts[row])
                 continue
             decision = <Decision>known
             memcpy(v.ids + 26 * (written + i), decision._id, 26)
@@ -1418,6 +1486,4 @@ cdef class BatchRun:
             v.outcome[written + i] = OUTCOME_DUPLICATE
             for k in range(n_arms):
                 v.arms[(written + i) * n_arms + k] = decision.verdict.arms[k]
-        for i in range(len(self.tables)):
-            (<Source>self.tables[i]).turn_over()
         return 0
