@@ -103,12 +103,39 @@ def decisions(
     return arm, action
 
 
-def warm(past: History, transactions: int, labels: int, models: Path) -> Engine:
+def warm(past: History, transactions: int, labels: int, models: Path, clock: str = "event") -> Engine:
     """An engine of the fraud app that has seen so many of the past's transactions and labels."""
-    engine = Engine(fraud, models=models, clock="event")
+    engine = Engine(fraud, models=models, clock=clock)
     engine.ingest(past.labels.slice(0, labels), event="FraudLabel")
     engine.ingest(past.transactions.slice(0, transactions), event="Transaction")
     return engine
+
+
+def recent(past: History, now: np.datetime64) -> History:
+    """The same events moved in time by whole weeks, so that the last of them lies in the week before `now`."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    last = max(pc.max(table.column("at")).cast(pa.int64()).as_py() for table in past.tables().values())
+    week = 7 * 86_400_000_000
+    shift = (int(now.astype("datetime64[us]").astype(np.int64)) - last) // week * week
+
+    def moved(table: Any) -> Any:
+        at = pc.add(table.column("at"), pa.scalar(shift, pa.duration("us")))
+        return table.set_column(table.schema.get_field_index("at"), "at", at)
+
+    return past._replace(transactions=moved(past.transactions), labels=moved(past.labels))
+
+
+def riskiest_terminal(past: History) -> str:
+    """The terminal with most frauds among the last 10,000 labels, about a day."""
+    import pyarrow.compute as pc
+
+    labels = past.labels.slice(max(0, past.labels.num_rows - 10_000))
+    counts = labels.filter(pc.greater(labels.column("fraud"), 0)).column("terminal").value_counts()
+    if len(counts) == 0:
+        return str(past.labels.column("terminal")[-1].as_py())
+    return str(max((pair["counts"].as_py(), pair["values"].as_py()) for pair in counts)[1])
 
 
 def one_by_one(past: History, models: Path, rows: int) -> tuple[int, int]:

@@ -78,6 +78,7 @@ def main(args: Sequence[str] = ()) -> int:
     if missing:
         parser.error(f"the demo needs {', '.join(missing)}: pip install 'penstock[demo]'")
     warnings.filterwarnings("ignore")
+    port = options.port if options.no_serve else free_port(options.host, options.port)
     from penstock.demo import replays
 
     figures = Figures(shlex.join(["penstock", "demo", *args]))
@@ -106,7 +107,7 @@ def main(args: Sequence[str] = ()) -> int:
     if not right:
         say(verdict(False, bad="the demo did not come out as it must: see WRONG above"))
     elif not options.no_serve:
-        serve(past, when, models, options.host, options.port)
+        serve(past, models, options.host, port)
     return 0 if right else 1
 
 
@@ -303,22 +304,36 @@ def show_parity(
     return wrong + int(slow_wrong) + replay_wrong + score_wrong
 
 
-def serve(past: "History", when: dataset.Weeks, models: Path, host: str, port: int) -> None:
-    """Step 7: the fraud app over HTTP, with the month before the end of the test week in its state."""
+def free_port(host: str, port: int) -> int:
+    """The port to serve on, 0 made a free one. Raises PenstockError at the start of the demo, not at its end."""
+    from penstock.server.lifecycle import bind
+
+    listener = bind(host, port)
+    try:
+        return int(listener.getsockname()[1])
+    finally:
+        listener.close()
+
+
+def serve(past: "History", models: Path, host: str, port: int) -> None:
+    """Step 7: the fraud app over HTTP, with the test week and the month before it as if they ended just now."""
     from penstock.demo import replays
     from penstock.server import serve as serve_engine
 
-    heading(7, f"Serving the fraud app on http://{host}:{port}")
-    with Progress("ingesting a month of transactions and labels"):
-        engine = replays.warm(past, past.transactions.num_rows, past.labels.num_rows, models)
-    last = past.transactions.slice(past.transactions.num_rows - 1).to_pylist()[0]
-    at = f"{_day(when.test + 7)}T12:00:00Z"
-    event = json.dumps({"customer": last["customer"], "terminal": last["terminal"], "amount": 250.0, "at": at})
     url = f"http://{host}:{port}"
-    say("in another terminal:\n")
-    say(f"curl -s {url}/v1/score/fraud -d '{event}'")
-    say(f"curl -s {url}/v1/features/spend -d '{json.dumps({'keys': [last['customer']], 'as_of': at})}'")
-    say(f"curl -s {url}/health/ready")
+    heading(7, f"Serving the fraud app on {url}")
+    now = np.datetime64(int(time.time()), "s")
+    with Progress("ingesting a month of transactions and labels"):
+        recent = replays.recent(past, now)
+        engine = replays.warm(recent, recent.transactions.num_rows, recent.labels.num_rows, models, clock="wall")
+    customer, terminal = (recent.transactions.column(name)[-1].as_py() for name in ("customer", "terminal"))
+    usual = {"customer": customer, "terminal": terminal, "amount": 25.0, "at": f"{now}Z"}
+    odd = {**usual, "terminal": replays.riskiest_terminal(recent), "amount": 350.0}
+    say("its state: the test week and the month before it, moved in time by whole weeks to end just now")
+    say("in another terminal, a usual transaction, an odd one, what is known of its customer, and the metrics:\n")
+    say(f"curl -s {url}/v1/score/fraud -d '{json.dumps(usual)}'")
+    say(f"curl -s '{url}/v1/score/fraud?explain=true' -d '{json.dumps(odd)}'")
+    say(f"curl -s {url}/v1/features/spend -d '{json.dumps({'keys': [customer]})}'")
     say(f"curl -s {url}/metrics")
     say("\nCtrl-C stops it")
     serve_engine(engine, host=host, port=port)
