@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+SCRIPT = Path(__file__).resolve()
+HERE = SCRIPT.parent
 sys.path.insert(0, str(HERE))  # run.py may be imported by a test
 
 from rows import check_row, error_row, table, write  # noqa: E402
@@ -70,7 +71,7 @@ def run_group(name: str) -> list[dict[str, Any]]:
     group = GROUPS[name]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
-        command = [sys.executable, str(Path(__file__).resolve()), "--group", name, "--out", str(path)]
+        command = [sys.executable, str(SCRIPT), "--group", name, "--out", str(path)]
         process = subprocess.Popen(command, env={**os.environ, **dict.fromkeys(ONE_THREAD, "1")})
         try:
             code = process.wait(group.limit)

@@ -470,6 +470,12 @@ static int histogram_main(void) {
     return 0;
 }
 
+/* --gaps N: N gaps between arrivals in seconds at --rate and --seed, one per line, for the same reason. */
+static int gaps_main(long n, double rate) {
+    for (long i = 0; i < n; i++) printf("%.9g\n", exponential() / rate);
+    return 0;
+}
+
 static double number(const char *name, const char *text, double low) {
     char *end;
     double v = strtod(text, &end);
@@ -486,13 +492,15 @@ static const char USAGE[] =
     "               [--rate R]            open loop: R Poisson arrivals per second (default: closed loop)\n"
     "               [--sleep]             open loop: sleep between arrivals (default: spin, for exact send times)\n"
     "               [--stamp-start S] [--stamp-step S]   event times written over 20 '@' in a body, unix seconds\n"
-    "       loadgen --histogram < numbers\n";
+    "       loadgen --histogram < numbers\n"
+    "       loadgen --gaps N --rate R [--seed 42]\n";
 
 int main(int argc, char **argv) {
     const char *host = "127.0.0.1", *path = "/", *method = NULL, *bodies = NULL;
     char extra[2048] = "";
     int port = 0, cpu = -1, spin = 1;
     double duration = 5, warmup = 0, rate = 0, timeout = 5;
+    long gaps = 0;
     for (int i = 1; i < argc; i++) {
         const char *name = argv[i];
         if (!strcmp(name, "--histogram")) return histogram_main();
@@ -520,12 +528,14 @@ int main(int argc, char **argv) {
         else if (!strcmp(name, "--cpu")) cpu = (int)number(name, v, 0);
         else if (!strcmp(name, "--seed")) random_state = (uint64_t)number(name, v, 0);
         else if (!strcmp(name, "--stamp-start")) stamp_next = (int64_t)number(name, v, 0);
+        else if (!strcmp(name, "--gaps")) gaps = (long)number(name, v, 1);
         else if (!strcmp(name, "--stamp-step")) stamp_step = (int64_t)number(name, v, 0);
         else {
             fprintf(stderr, "loadgen: no such option: %s\n%s", name, USAGE);
             return 2;
         }
     }
+    if (gaps && rate > 0) return gaps_main(gaps, rate);
     if (!port) die(USAGE, NULL);
     if (cpu >= 0) {
         cpu_set_t set;
@@ -590,6 +600,7 @@ int main(int argc, char **argv) {
         }
         if (now >= next_check) {
             next_check = now + 20 * 1000000LL;
+            sending = now < window_end;
             for (uint32_t i = 0; i < n_connections; i++) {
                 connection *c = &connections[i];
                 if (c->fd < 0 && now >= c->retry_at) {

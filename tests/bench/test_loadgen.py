@@ -30,7 +30,6 @@ class TinyServer:
         self.requests = 0
         self.bodies: list[bytes] = []
         self.heads: list[bytes] = []
-        self.arrivals: list[float] = []
         self.stall_until = 0.0
         self.ready = threading.Event()
         self.thread = threading.Thread(target=lambda: asyncio.run(self.main()), daemon=True)
@@ -54,7 +53,6 @@ class TinyServer:
                 length = re.search(rb"Content-Length: (\d+)", head)
                 body = await reader.readexactly(int(length[1])) if length else b""
                 self.requests += 1
-                self.arrivals.append(time.monotonic())
                 self.bodies.append(body)
                 self.heads.append(head)
                 path = head.split(b" ")[1]
@@ -169,16 +167,23 @@ def test_nobody_listening_is_a_connect_error():
     assert result["total_requests"] == 0
 
 
-def test_open_loop_keeps_its_rate_and_is_poisson(server):
-    result = load(server, "/ok", rate=400, duration=2.0, connections=16, seed=7)
+def test_open_loop_keeps_its_rate(server):
+    result = load(server, "/ok", rate=400, duration=1.0, connections=16, seed=7)
     assert result["mode"] == "open"
-    assert result["total_requests"] == server.requests
-    # 800 arrivals expected, standard deviation sqrt(800) = 28.
-    assert 800 - 5 * 28.3 < result["requests"] < 800 + 5 * 28.3
-    gaps = [b - a for a, b in zip(server.arrivals, server.arrivals[1:])]
-    mean = sum(gaps) / len(gaps)
-    deviation = math.sqrt(sum((g - mean) ** 2 for g in gaps) / len(gaps))
-    assert 0.8 < deviation / mean < 1.3  # 1 for exponential gaps, 0 for a metronome
+    assert result["total_requests"] == result["requests"] == server.requests
+    # 400 arrivals expected, standard deviation sqrt(400) = 20.
+    assert 300 < result["requests"] < 500
+
+
+def test_arrivals_are_poisson():
+    done = subprocess.run(
+        [build(), "--gaps", "20000", "--rate", "50", "--seed", "5"], capture_output=True, text=True, check=True
+    )
+    gaps = sorted(float(line) for line in done.stdout.split())
+    assert len(gaps) == 20_000
+    # Kolmogorov-Smirnov distance from the exponential distribution; 1.95 / sqrt(n) is passed once in a thousand seeds.
+    distance = max(abs(1 - math.exp(-50 * g) - (i + 0.5) / len(gaps)) for i, g in enumerate(gaps))
+    assert distance < 1.95 / math.sqrt(len(gaps))
 
 
 def test_open_loop_counts_latency_from_the_intended_time(server):
@@ -194,7 +199,7 @@ def test_open_loop_counts_latency_from_the_intended_time(server):
 
 def test_warmup_is_left_out(server):
     server.stall_until = time.monotonic() + 0.4
-    result = load(server, "/stall", rate=300, warmup=0.8, duration=0.5, connections=4)
+    result = load(server, "/stall", rate=60, warmup=0.8, duration=0.5, connections=4)
     assert result["p90_us"] < 150_000
     assert result["total_requests"] > result["requests"] > 0
 
@@ -251,9 +256,12 @@ def test_histogram_quantiles_are_within_one_part_in_256(spread):
 def test_cpu_seconds_sees_work():
     busy = subprocess.Popen(["sh", "-c", "while :; do :; done"])
     try:
-        before = cpu_seconds(busy.pid)
-        time.sleep(0.4)
-        assert 0.1 < cpu_seconds(busy.pid) - before < 1.0
+        before, limit = cpu_seconds(busy.pid), time.monotonic() + 10
+        begin = time.monotonic()
+        while cpu_seconds(busy.pid) - before < 0.1:
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        assert time.monotonic() - begin > 0.08  # one process cannot use more than the time that passes
     finally:
         busy.kill()
         busy.wait()
