@@ -124,6 +124,12 @@ cdef class Decision:
     features: name -> value, where scoring was asked to explain; statuses: name -> S17 status.
     """
 
+    def __init__(self):
+        raise TypeError("an Engine makes decisions")
+
+    def __reduce__(self):
+        raise TypeError("a Decision belongs to its engine; keep decision.json() or decision.as_dict()")
+
     @staticmethod
     cdef Decision new(DecisionTexts texts, const char *id, const Verdict *verdict):
         cdef Decision self = Decision.__new__(Decision)
@@ -253,7 +259,8 @@ cdef class Decision:
             b',"arms":{', b",".join(arms), b"}",
         ]
         if explain and self.row is not None:
-            parts += [b',"features":', msgspec.json.encode(self.features), b',"statuses":', msgspec.json.encode(self.statuses)]
+            features = {n: v.isoformat() if type(v) is Timestamp else v for n, v in self.features.items()}
+            parts += [b',"features":', msgspec.json.encode(features), b',"statuses":', msgspec.json.encode(self.statuses)]
         parts.append(_JSON_OUTCOMES[self.verdict.outcome])
         return b"".join(parts)
 

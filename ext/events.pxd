@@ -55,7 +55,7 @@ cdef class EventReader:
                          str prefix) except -1
     cdef int read_dict(self, dict event, ps_slot *slots, uint8_t *status, ps_arena *arena, str prefix) except -1
     cdef int put(self, int i, object value, ps_slot *slots, uint8_t *status, ps_arena *arena, str prefix) except -1
-    cdef int put_time(self, int i, object value, ps_slot *slots, str prefix) except -1
+    cdef int put_time(self, int i, object value, ps_slot *slots, uint8_t *status, str prefix) except -1
     cdef int put_null(self, int i, str what, ps_slot *slots, uint8_t *status, str prefix) except -1
     cdef int read_row(self, const Column *columns, Py_ssize_t row, ps_slot *slots, uint8_t *status,
                       ps_arena *arena) noexcept nogil

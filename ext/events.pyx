@@ -56,16 +56,8 @@ _EXPECTED = {PS_FLOAT64: "a number", PS_INT64: "an integer", PS_BOOL: "true or f
 
 
 cdef inline int64_t civil_us(object value):
-    """Microseconds since 1970 of a datetime's own fields (days-from-civil, proleptic Gregorian)."""
-    cdef int64_t y = PyDateTime_GET_YEAR(value)
-    cdef int m = PyDateTime_GET_MONTH(value)
-    cdef int d = PyDateTime_GET_DAY(value)
-    y -= m <= 2
-    cdef int64_t era = y // 400 if y >= 0 else (y - 399) // 400
-    cdef int64_t yoe = y - era * 400
-    cdef int64_t doy = (153 * (m + (-3 if m > 2 else 9)) + 2) // 5 + d - 1
-    cdef int64_t doe = yoe * 365 + yoe // 4 - yoe // 100 + doy
-    cdef int64_t days = era * 146097 + doe - 719468
+    """Microseconds since 1970 of a datetime's own fields."""
+    cdef int64_t days = days_from_civil(PyDateTime_GET_YEAR(value), PyDateTime_GET_MONTH(value), PyDateTime_GET_DAY(value))
     return ((days * 24 + PyDateTime_DATE_GET_HOUR(value)) * 60 + PyDateTime_DATE_GET_MINUTE(value)) * 60000000 \
         + <int64_t>PyDateTime_DATE_GET_SECOND(value) * 1000000 + PyDateTime_DATE_GET_MICROSECOND(value)
 
@@ -75,6 +67,78 @@ cdef int64_t datetime_us(object value) except? -1:
     if tz is None or tz is UTC:
         return civil_us(value)
     return (value - EPOCH) // MICROSECOND
+
+
+cdef str numpy_kind(object value):
+    """The kind of a numpy scalar's type (i, u, f, b, M, U, ...); "-" for anything else."""
+    cdef object dtype = getattr(value, "dtype", None)
+    return "-" if dtype is None or getattr(value, "shape", ()) != () else str(getattr(dtype, "kind", "-"))
+
+
+cdef inline bint digits(const char *text, int n, int *out) noexcept nogil:
+    cdef int i, value = 0
+    for i in range(n):
+        if not b"0" <= text[i] <= b"9":
+            return False
+        value = value * 10 + (text[i] - 48)
+    out[0] = value
+    return True
+
+
+cdef int64_t days_from_civil(int64_t y, int m, int d) noexcept nogil:
+    """Days since 1970 of a date, proleptic Gregorian (Howard Hinnant, "chrono-compatible low-level date algorithms")."""
+    cdef int64_t era, yoe, doy, doe
+    y -= m <= 2
+    era = y // 400 if y >= 0 else (y - 399) // 400
+    yoe = y - era * 400
+    doy = (153 * (m + (-3 if m > 2 else 9)) + 2) // 5 + d - 1
+    doe = yoe * 365 + yoe // 4 - yoe // 100 + doy
+    return era * 146097 + doe - 719468
+
+
+cdef bint rfc3339(const char *s, Py_ssize_t n, int64_t *us) noexcept nogil:
+    """RFC 3339 to microseconds, digits beyond them floored (S1). False where Timestamp.parse is to say what is wrong."""
+    cdef int year, month, day, hour, minute, second, offset_hours = 0, offset_minutes = 0, fraction = 0, width = 0
+    cdef Py_ssize_t at = 19
+    cdef bint leap
+    cdef int last
+    if n < 19 or s[4] != b"-" or s[7] != b"-" or s[13] != b":" or s[16] != b":":
+        return False
+    if s[10] != b"T" and s[10] != b"t" and s[10] != b" ":
+        return False
+    if not (digits(s, 4, &year) and digits(s + 5, 2, &month) and digits(s + 8, 2, &day) and digits(s + 11, 2, &hour)
+            and digits(s + 14, 2, &minute) and digits(s + 17, 2, &second)):
+        return False
+    leap = (year % 4 == 0 and year % 100 != 0) or year % 400 == 0
+    last = 30 + (month + (month > 7)) % 2 if month != 2 else 28 + leap
+    if year < 1 or month < 1 or month > 12 or day < 1 or day > last or hour > 23 or minute > 59 or second > 60:
+        return False
+    if at < n and s[at] == b".":
+        at += 1
+        if at == n or not b"0" <= s[at] <= b"9":
+            return False
+        while at < n and b"0" <= s[at] <= b"9":
+            if width < 6:
+                fraction = fraction * 10 + (s[at] - 48)
+                width += 1
+            at += 1
+        while width < 6:
+            fraction *= 10
+            width += 1
+    us[0] = ((days_from_civil(year, month, day) * 24 + hour) * 60 + minute) * 60000000 \
+        + <int64_t>second * 1000000 + fraction
+    if at == n:
+        return True
+    if s[at] == b"Z" or s[at] == b"z":
+        return at + 1 == n
+    if (s[at] != b"+" and s[at] != b"-") or at + 6 != n or s[at + 3] != b":":
+        return False
+    if not (digits(s + at + 1, 2, &offset_hours) and digits(s + at + 4, 2, &offset_minutes)):
+        return False
+    if offset_hours > 23 or offset_minutes > 59:
+        return False
+    us[0] -= (offset_hours * 60 + offset_minutes) * <int64_t>60000000 * (1 if s[at] == b"+" else -1)
+    return True
 
 
 def _shown(value):
@@ -227,7 +291,7 @@ cdef class EventReader:
                 number = PyFloat_AS_DOUBLE(value)
             elif isinstance(value, bool):
                 raise EventError(f"{prefix}.{self.names[i]}", f"expected a number, got {value}")
-            elif PyLong_Check(value) or isinstance(value, float) or hasattr(value, "dtype"):
+            elif PyLong_Check(value) or isinstance(value, float) or numpy_kind(value) in "iuf":
                 try:
                     number = float(value)
                 except (OverflowError, TypeError, ValueError):
@@ -246,17 +310,17 @@ cdef class EventReader:
                 if overflow:
                     raise EventError(f"{prefix}.{self.names[i]}", "expected an integer of at most 64 bits")
                 return 0
-            if hasattr(value, "__index__") and not isinstance(value, bool) and hasattr(value, "dtype"):
+            if numpy_kind(value) in "iu":
                 return self.put(i, value.__index__(), slots, status, arena, prefix)
         elif kind == PS_BOOL:
             if value is True or value is False:
                 slots[i].i = value is True
                 return 0
-            if hasattr(value, "dtype") and value.dtype.kind == "b":
+            if numpy_kind(value) == "b":
                 slots[i].i = bool(value)
                 return 0
         else:
-            return self.put_time(i, value, slots, prefix)
+            return self.put_time(i, value, slots, status, prefix)
         raise EventError(f"{prefix}.{self.names[i]}", f"expected {_EXPECTED[kind]}, got {_shown(value)}")
 
     def put_null_error(self, int i, str what, str prefix):
@@ -274,11 +338,26 @@ cdef class EventReader:
         status[i] = PS_NULL_VALUE
         return 0
 
-    cdef int put_time(self, int i, object value, ps_slot *slots, str prefix) except -1:
+    cdef int put_time(self, int i, object value, ps_slot *slots, uint8_t *status, str prefix) except -1:
         cdef int64_t us
         cdef int64_t number
         cdef int overflow = 0
-        if PyDateTime_Check(value):
+        cdef Py_ssize_t size = 0
+        cdef const char *text
+        if PyUnicode_CheckExact(value):
+            try:
+                text = PyUnicode_AsUTF8AndSize(value, &size)
+            except UnicodeEncodeError:
+                size = 0
+                text = b""
+            if not rfc3339(text, size, &us):
+                try:
+                    us = Timestamp.parse(value)
+                except (ValueError, OverflowError) as error:
+                    raise EventError(f"{prefix}.{self.names[i]}", str(error)) from None
+        elif PyDateTime_Check(value):
+            if not PyDateTime_CheckExact(value) and value != value:
+                return self.put_null(i, "NaT", slots, status, prefix)   # pandas: a datetime that is none
             us = datetime_us(value)
         elif isinstance(value, Timestamp):
             us = value
@@ -288,10 +367,14 @@ cdef class EventReader:
                 raise EventError(f"{prefix}.{self.names[i]}", "expected a time of at most 64 bits")
             if not scaled(number, self.scale[i], &us):
                 raise EventError(f"{prefix}.{self.names[i]}", f"expected a time between the years 1 and 9999, got {number}")
-        elif isinstance(value, str) or hasattr(value, "dtype"):
+        elif numpy_kind(value) in "iu":
+            return self.put_time(i, value.__index__(), slots, status, prefix)
+        elif numpy_kind(value) == "M" and value != value:
+            return self.put_null(i, "NaT", slots, status, prefix)
+        elif isinstance(value, str) or numpy_kind(value) == "M":
             try:
                 us = Timestamp.parse(value) if isinstance(value, str) else Timestamp.of(value)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError) as error:
                 raise EventError(f"{prefix}.{self.names[i]}", str(error)) from None
         else:
             raise EventError(f"{prefix}.{self.names[i]}",
@@ -364,11 +447,12 @@ cdef Py_ssize_t _offset(object cls, str name) except -1:
 
 
 def _wire_type(plan):
-    """The Struct that JSON and MessagePack decode into: plain types, times as datetime or as integers in their unit."""
+    """The Struct that JSON decodes into: plain types, times as text (a decoder's datetime would round nanoseconds up,
+    and S1 floors them) or as integers in their unit."""
     kinds = {"float64": float, "int64": int, "bool": bool, "string": str}
     fields = []
     for f in plan.fields:
-        kind = kinds.get(f.type) or (int if f.unit else _datetime.datetime)
+        kind = kinds.get(f.type) or (int if f.unit else str)
         if f.optional:
             kind = _typing.Optional[kind]
         fields.append((f.name, kind) if f.required else (f.name, kind, f.default))
