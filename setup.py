@@ -28,7 +28,7 @@ C_FILES: dict[str, list[str]] = {
     "http": [],
 }
 
-flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-unused-function"]
+flags = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-unused-function"]
 if platform.machine() in ("x86_64", "AMD64"):
     flags += ["-msse4.2", "-mpopcnt", "-mcx16"]
 
@@ -52,7 +52,7 @@ extensions = [
 setup(
     ext_modules=cythonize(
         extensions,
-        nthreads=0,
+        nthreads=int(os.environ.get("PENSTOCK_JOBS", "2")),
         include_path=["engine"],
         build_dir="build/cython",
         compiler_directives={
