@@ -5,6 +5,7 @@ This file only puts the native parts together and turns tables into addresses; w
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from .experiments.assignment import compile_experiment
 from .models.folder import resolve
 from .models.runtime import Runtime, load
 from .plan import EventPlan, ModelStep, PipelinePlan, Plan, StorePlan, suggestion
-from .tables import OutColumns, arrow_table, column_set, event_times, pyarrow
+from .tables import FIRST_TIME, LAST_TIME, OutColumns, arrow_table, column_set, event_times, pyarrow
 from .timestamp import Timestamp
 
 __all__ = ["Engine", "FeatureRows"]
@@ -201,12 +202,19 @@ class Engine:
             watermark = self.core.watermark(event.index)
             at = Timestamp.now() if self.clock == "wall" else Timestamp(watermark or 0)
         else:
-            at = as_of if isinstance(as_of, Timestamp) else Timestamp.of(as_of)
+            try:
+                at = as_of if isinstance(as_of, Timestamp) else Timestamp.of(as_of)
+            except (ValueError, TypeError, OverflowError) as error:
+                raise EventError(".as_of", str(error)) from None
+            if not FIRST_TIME <= at <= LAST_TIME:
+                raise EventError(".as_of", "expected a time between the years 1 and 9999")
         for i, key in enumerate(keys):
             if isinstance(key, bool) or not isinstance(key, (str, int)):
                 raise EventError(f".keys[{i}]", f"expected a string or an integer, got {type(key).__name__}")
             if isinstance(key, int) and not -(2**63) <= key < 2**63:
                 raise EventError(f".keys[{i}]", "expected an integer of at most 64 bits")
+            if isinstance(key, str) and not _is_unicode(key):
+                raise EventError(f".keys[{i}]", "expected text that is valid Unicode, got a lone surrogate")
         found = self.core.read_view(
             self._stores[plan.store],
             event.index,
@@ -214,7 +222,7 @@ class Engine:
             [_as_key(key, plan.key_type, self._typed_entity(plan.entity)) for key in keys],
             at,
             [o.type for o in plan.outputs],
-            [o.default for o in plan.outputs],
+            [_as_value(o.default, o.type) for o in plan.outputs],
         )
         names = [o.name for o in plan.outputs]
         return FeatureRows(
@@ -493,7 +501,7 @@ class Engine:
             "model": _words(arrays["model"], [name for name, _ in models]),
             "model_version": _words(arrays["model"], [version for _, version in models]),
         }
-        arms = arrays["arms"].reshape(rows, -1)
+        arms = arrays["arms"].reshape(rows, max(1, len(plan.experiments)))
         for i, step in enumerate(plan.experiments):
             columns[f"arm.{step.experiment.name}"] = _words(arms[:, i], list(step.experiment.arms))
         columns["outcome"] = _words(arrays["outcome"], list(OUTCOMES))
@@ -540,9 +548,24 @@ def _as_key(key: str | int, key_type: str, typed: bool) -> str | int:
     """A key as its entity's type reads it."""
     if typed and key_type == "string":
         return str(key)
-    if typed and isinstance(key, str) and key.lstrip("-").isdecimal() and str(int(key)) == key:
+    if typed and isinstance(key, str) and re.fullmatch(r"0|-?[1-9][0-9]{0,18}", key) and -(2**63) <= int(key) < 2**63:
         return int(key)
     return key
+
+
+def _as_value(default: Any, slot_type: str) -> Any:
+    """A default as the value that reading the feature gives."""
+    if default is None:
+        return None
+    return {"float64": float, "timestamp": Timestamp}.get(slot_type, lambda value: value)(default)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _window_store(store: StorePlan, event: EventPlan) -> WindowStore:

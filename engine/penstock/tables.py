@@ -16,8 +16,8 @@ from .plan import EventPlan, Slot
 
 __all__ = ["OutColumns", "arrow_table", "column_set", "event_times"]
 
-_FIRST_TIME = -62135596800000000  # 0001-01-01
-_LAST_TIME = 253402300799999999  # 9999-12-31
+FIRST_TIME = -62135596800000000  # 0001-01-01
+LAST_TIME = 253402300799999999  # 9999-12-31
 _UNITS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 
 
@@ -43,7 +43,9 @@ def arrow_table(data: Any) -> Any:
         return pa.table(data)
     if hasattr(data, "columns") and hasattr(data, "dtypes"):
         return pa.Table.from_pandas(data, preserve_index=False)
-    raise TypeError(f"expected an Arrow table (pyarrow, polars, pandas or a dict of columns), got {type(data).__name__}")
+    raise TypeError(
+        f"expected an Arrow table (pyarrow, polars, pandas or a dict of columns), got {type(data).__name__}"
+    )
 
 
 def column_set(table: Any, event: EventPlan, keys: set[int], aggregated: set[int]) -> ColumnSet:
@@ -195,7 +197,7 @@ def _column(array: Any, field: Any, key: bool, aggregated: bool, keep: list[Any]
     if rows:
         integers = np.frombuffer(buffers[1], dtype=np.int64)[offset : offset + rows]
         if field.type == "timestamp":
-            outside = (integers < _FIRST_TIME) | (integers > _LAST_TIME)
+            outside = (integers < FIRST_TIME) | (integers > LAST_TIME)
             if validity:
                 outside &= ~np.asarray(array.is_null())
             if outside.any():
