@@ -9,8 +9,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import math
 import re
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from types import ModuleType
 from typing import Any
 
@@ -43,6 +45,12 @@ __all__ = [
 MAX_RULES = 64  # a Decision keeps what fired as one 64-bit mask
 MAX_EXPERIMENTS = 8  # a Decision keeps one arm per experiment inline
 MAX_WHERES = 63  # the window state keeps one mask bit per where= of a store
+# Arrays of the engine core (ext/core.pxd).
+MAX_STORES = 16
+MAX_COLUMNS = 64
+MAX_KEYS = 16
+MAX_ARGUMENTS = 32
+MAX_ARMS = 64
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):
@@ -259,6 +267,12 @@ class _Compiler:
         for view in self.feature_views:
             self._view(view)
         for store in self.stores:
+            if len(store.columns) > MAX_COLUMNS:
+                self.problems.append(
+                    f"event {store.event}: more than {MAX_COLUMNS} fields are aggregated for entity {store.entity}"
+                )
+            if len(self.events[store.event].stores) == MAX_STORES:
+                self.problems.append(f"event {store.event}: more than {MAX_STORES} entities")
             store.fingerprint = _store_fingerprint(store, self.events[store.event])
             self.events[store.event].stores.append(store.index)
         pipelines: dict[str, PipelinePlan] = {}
@@ -291,6 +305,13 @@ class _Compiler:
             return
         try:
             fields = event_fields(event)
+            wrong = [f for f in fields if f.default is not None and not _field_default_fits(f)]
+            for field in wrong:
+                self.problems.append(
+                    f"event {name}.{field.name}: default {field.default!r} does not fit a {field.type} field"
+                )
+            if wrong:
+                return
         except (TypeError, NameError) as error:
             self.problems.append(str(error) if str(error).startswith("event ") else f"event {name}: {error}")
             return
@@ -478,6 +499,9 @@ class _Compiler:
             except ValueError as error:
                 self.problems.append(f"{place}: ttl: {error}")
                 return []
+        if aggregation.closed not in ("right", "both", "left"):
+            self.problems.append(f"{place}: closed: expected right, both or left, got {aggregation.closed!r}")
+            return []
         if not aggregation.windows:
             self.problems.append(f"{place}: no windows")
         slot_type = _output_type(function, column_type)
@@ -550,6 +574,9 @@ class _PipelineCompiler:
         on_demand = [f for f in pipeline.features if isinstance(f, OnDemandFeatureView)]
         for view in self._views_used(on_demand):
             self._read(view, event)
+        keys = {(s.key, s.key_type) for s in self.app.stores if s.event == event.name}
+        if len(keys | {(r.key, self.app.views[r.view].key_type) for r in self.reads}) > MAX_KEYS:
+            self.problem(f": more than {MAX_KEYS} different keys")
         for definition in on_demand:
             self._function(definition)
         features = self._features()
@@ -560,13 +587,15 @@ class _PipelineCompiler:
             [
                 [(s.name, s.type) for s in self.slots],
                 features,
-                [(r.view, r.key) for r in self.reads],
+                [(r.view, r.key, self.app.views[r.view].include_request_event) for r in self.reads],
+                [[o.default for o in self.app.views[r.view].outputs] for r in self.reads],
                 [str(self.app.stores[self.app.views[r.view].store].fingerprint) for r in self.reads],
                 [inspect.getsource(f.definition.function) if _has_source(f) else f.name for f in self.functions],
                 [str(e.experiment) for e in experiments],
-                [(m.model.ref, m.guard) for m in models],
-                [(r.rule.name, r.rule.when, r.rule.action) for r in rules],
+                [(m.model.ref, m.model.inputs, m.model.output, m.decides, m.guard) for m in models],
+                [(r.rule.name, r.rule.when, r.rule.action, r.rule.reason) for r in rules],
                 pipeline.default_action,
+                pipeline.fallback,
             ]
         )
         return PipelinePlan(
@@ -649,6 +678,9 @@ class _PipelineCompiler:
                 self.problem(f'{place}: {parameter} is a str; strings need @on_demand_feature_view(mode="python")')
                 return
             arguments.append(slot)
+        if len(arguments) > MAX_ARGUMENTS:
+            self.problem(f"{place}: more than {MAX_ARGUMENTS} parameters")
+            return
         slot = self.add(definition.name, returns, "function")
         if slot is not None:
             self.functions.append(
@@ -697,6 +729,9 @@ class _PipelineCompiler:
                 self.problem(
                     f"{place}: {event.name} has no field {experiment.unit!r}{suggestion(experiment.unit, slots)}"
                 )
+                continue
+            if len(experiment.arms) > MAX_ARMS:
+                self.problem(f"{place}: more than {MAX_ARMS} arms")
                 continue
             unit, unit_type = slots[experiment.unit]
             if unit_type not in ("string", "int64"):
@@ -828,9 +863,17 @@ def _output_type(function: str, column_type: str) -> str:
 
 
 def _default_fits(default: Any, slot_type: str) -> bool:
+    if isinstance(default, int) and not isinstance(default, bool):
+        return slot_type in ("float64", "int64", "timestamp") and -(2**63) <= default < 2**63
     if slot_type == "float64":
-        return isinstance(default, (int, float)) and not isinstance(default, bool)
-    return type(default) is {"int64": int, "timestamp": int, "bool": bool, "string": str}[slot_type]
+        return isinstance(default, float) and math.isfinite(default)
+    return type(default) is {"bool": bool, "string": str}.get(slot_type)
+
+
+def _field_default_fits(field: Field) -> bool:
+    if field.type == "timestamp" and isinstance(field.default, str | datetime):
+        return True
+    return _default_fits(field.default, field.type)
 
 
 def _store_fingerprint(store: StorePlan, event: EventPlan) -> int:
