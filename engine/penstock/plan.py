@@ -224,7 +224,7 @@ def compile_plan(app: ModuleType | Mapping[str, Any], name: str | None = None) -
     Raises DefinitionError with every problem found, each as `place: reason`.
     """
     values = list((vars(app) if isinstance(app, ModuleType) else app).values())
-    return _Compiler(values, name or getattr(app, "__name__", "app")).compile()
+    return _Compiler(values, name or str(getattr(app, "__name__", "app"))).compile()
 
 
 class _Compiler:
@@ -510,7 +510,8 @@ class _Compiler:
             return []
         outputs = []
         base = aggregation.name or (f"{function}_{column}" if column else function)
-        windows = aggregation.windows if isinstance(aggregation.windows, (list, tuple)) else [aggregation.windows]
+        given: Any = aggregation.windows
+        windows: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
         for window in windows:
             try:
                 length = None if isinstance(window, LifetimeWindow) else duration_us(window)

@@ -42,7 +42,7 @@ class Field(msgspec.Struct, frozen=True):
 
 
 @dataclass_transform(field_specifiers=(msgspec.field,))
-class EventMeta(type(msgspec.Struct)):  # type: ignore[misc]
+class EventMeta(msgspec.StructMeta):
     """Takes the options of an Event out of its class line; the rest is msgspec's."""
 
     def __new__(
