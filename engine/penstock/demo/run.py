@@ -90,10 +90,10 @@ def main(args: Sequence[str] = ()) -> int:
     when = dataset.weeks(options.days)
     features, us_per_event = show_replay(data, figures)
     models = dataset.cache_folder() / f"models-{options.days}"
-    show_training(data, when, features, models)
+    trained = show_training(data, when, features, models)
     past = replays.history(data, when)
     rows = dataset.test_rows(data, when)
-    again = show_table(data, when, rows, past, models, figures)
+    again = show_table(data, when, rows, past, models, trained, figures)
     show_split(data, rows, past, models)
     mismatches = show_parity(data, features, again, past, models, us_per_event, figures)
     figures.add("parity_mismatches", mismatches, "values")
@@ -153,17 +153,23 @@ def show_replay(data: Transactions, figures: Figures) -> tuple[dict[str, Floats]
     return features, us
 
 
-def show_training(data: Transactions, when: dataset.Weeks, features: dict[str, Floats], models: Path) -> None:
-    """Step 3: the handbook's models on the training week, from the engine's own features."""
+def show_training(data: Transactions, when: dataset.Weeks, features: dict[str, Floats], models: Path) -> dict[str, Any]:
+    """Step 3: the handbook's models on the training week, from the engine's own features; returns them by key."""
     heading(3, "Training, from the engine's own features")
     rows = dataset.train_rows(data, when)
-    x = np.stack([features[name][rows] for name in pandas_features.FEATURES], axis=1)
+    x = matrix(features, rows)
     with Progress(f"training {len(training.RECIPES)} models") as progress:
-        training.train(x, data.fraud[rows], list(pandas_features.FEATURES), models, progress.note)
+        trained = training.train(x, data.fraud[rows], list(pandas_features.FEATURES), models, progress.note)
     fact("transactions of the training week", f"{len(rows):,}", f"{_day(when.train)} to {_day(when.train + 6)}")
     fact("frauds among them", f"{int(data.fraud[rows].sum()):,}")
     fact("seconds", f"{progress.seconds:.1f}")
     say(f"stored in {models}")
+    return trained
+
+
+def matrix(features: dict[str, Floats], rows: Rows) -> Floats:
+    """Rows of the features as (rows, 15), in the order in which the models are trained."""
+    return np.stack([features[name][rows] for name in pandas_features.FEATURES], axis=1)
 
 
 def _day(day: int) -> str:
@@ -171,7 +177,13 @@ def _day(day: int) -> str:
 
 
 def show_table(
-    data: Transactions, when: dataset.Weeks, rows: Rows, past: "History", models: Path, figures: Figures
+    data: Transactions,
+    when: dataset.Weeks,
+    rows: Rows,
+    past: "History",
+    models: Path,
+    trained: dict[str, Any],
+    figures: Figures,
 ) -> dict[str, Floats]:
     """Step 4: every model's scores of the test week through the engine, judged beside the published table.
 
@@ -183,9 +195,14 @@ def show_table(
     keys = [recipe.key for recipe in training.RECIPES]
     with Progress(f"scoring {past.transactions.num_rows:,} transactions with {len(keys)} models") as progress:
         scores, features = replays.all_scores(past, models, keys, progress)
-    lines, outside = [], []
+    place = rows - past.first_row
+    x = matrix(features, place)
+    lines, outside, apart = [], [], 0.0
     for recipe in training.RECIPES:
-        got = training.judge(data, rows, scores[recipe.key][rows - past.first_row])
+        score = scores[recipe.key][place]
+        own = trained[recipe.key].predict_proba(x)[:, 1]
+        apart = max(apart, float(np.abs(score - own).max()))
+        got = training.judge(data, rows, score)
         cells = [recipe.title]
         for name, value, published in zip(got._fields, got, recipe.published, strict=True):
             figures.add(f"{recipe.key}.{name}", round(value, 6), "1")
@@ -196,6 +213,7 @@ def show_table(
         lines.append(cells)
     fact("transactions of the test week", f"{len(rows):,}", f"{_day(when.test)} to {_day(when.test + 6)}")
     fact("frauds among them", f"{int(data.fraud[rows].sum()):,}", "without customers known to be compromised")
+    fact("scores of the engine", f"{len(rows) * len(lines):,}", f"at most {apart:.0e} from the libraries' own")
     say()
     header = [column for name in ("AUC", "AP", "CP@100") for column in (name, "publ.", "diff")]
     say(table(["model", *header], lines))
