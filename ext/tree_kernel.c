@@ -137,7 +137,8 @@ static uint32_t count_below(const double *cuts, uint32_t n, double x) {
     const double *at = cuts;
     while (n > 1) {
         uint32_t half = n / 2;
-        at += at[half - 1] < x ? half : 0;
+        /* A product, lest the compiler make it a branch: which way x goes cannot be foretold. */
+        at += half * (at[half - 1] < x);
         n -= half;
     }
     return (uint32_t)(at - cuts) + (n == 1 && *at < x);
