@@ -3,7 +3,7 @@
 from typing import Any
 
 from penstock import Model, Pipeline
-from penstock.demo.fraud import INPUTS, FraudLabel, Transaction, night, spend, terminal_risk, weekend
+from penstock.demo.fraud import INPUTS, Transaction, night, spend, terminal_risk, weekend
 
 
 def app(key: str) -> dict[str, Any]:
@@ -14,4 +14,4 @@ def app(key: str) -> dict[str, Any]:
         features=["amount", weekend, night, spend, terminal_risk],
         model=Model(f"fraud_{key}@1", inputs=INPUTS),
     )
-    return {"Transaction": Transaction, "FraudLabel": FraudLabel, "benchmark": pipeline}
+    return {"benchmark": pipeline}

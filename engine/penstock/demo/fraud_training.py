@@ -1,9 +1,7 @@
 """The fraud app without models: its replay gives the training set (the same views and functions as fraud.py)."""
 
 from penstock import Pipeline
-from penstock.demo.fraud import INPUTS, FraudLabel, Transaction, night, spend, terminal_risk, weekend
-
-__all__ = ["INPUTS", "FraudLabel", "Transaction", "training"]
+from penstock.demo.fraud import Transaction, night, spend, terminal_risk, weekend
 
 training = Pipeline(
     "training",
