@@ -500,7 +500,8 @@ cdef class Core:
                      RowKeys *keys, int64_t ingest_time, int ingest, Verdict *verdict) noexcept nogil:
         """Judge the event, read, apply, read again, then functions and assignment: all but models and rules.
 
-        ingest: 1 to apply, 0 to evaluate only, -1 for an event that was applied before (a repeated id).
+        ingest: 1 to apply, 0 to evaluate only, -1 for an event that was ingested before but never decided on (a repeated
+        id), -2 for one that is not to be counted as a decision again.
         Returns 0, or OUT_OF_MEMORY and nothing has changed.
         """
         cdef ps_handle handles[MAX_STORES]
@@ -516,6 +517,7 @@ cdef class Core:
         cdef char *base = arena.data
 
         if pipe != NULL:
+            verdict.counted = ingest == 1 or ingest == -1
             verdict.fired = 0
             verdict.model = -1
             verdict.failed = -1
@@ -714,7 +716,7 @@ cdef class Core:
             score = NAN
             if verdict.failed < 0:
                 verdict.failed = <int16_t>(pipe.n_functions + m)
-        if verdict.outcome != OUTCOME_OFF:
+        if verdict.counted:
             pipe.model_counts[run.index] += 1
         slots[run.slot].f = score
         status[run.slot] = PS_NULL_VALUE if isnan(score) else PS_PRESENT
@@ -740,7 +742,7 @@ cdef class Core:
                     if not decided:
                         verdict.action = pipe.rules[i].action
                         decided = True
-        if verdict.outcome == OUTCOME_OFF:
+        if not verdict.counted:
             return
         pipe.action_counts[verdict.action] += 1
         for i in range(pipe.n_assigns):
@@ -806,7 +808,7 @@ cdef class Core:
                     answer.row = decision.row
                     answer.strings = decision.strings
                     return answer
-                mode = -1
+                mode = -1 if ingest else -2
         now = self.now()
         ingest_time = rows.slots[source.c.time].i if self.event_clock else now
         self.prepare_keys(pipe.c.keys, pipe.c.n_keys, rows.slots, &rows.arena, rows.keys)
@@ -1335,6 +1337,7 @@ cdef class BatchRun:
         cdef Source source
         cdef dict home
         cdef list ids = []
+        cdef set deciding = set()
         cdef int64_t watermarks[32]
         for i in range(self.n_tables):
             watermarks[i] = self.sources[i].watermark
@@ -1353,6 +1356,10 @@ cdef class BatchRun:
                     known = home[id]
                     if known is not None and (<Decision>known).texts is not self.pipe.texts:
                         id = (id, self.pipe.index)
+                        known = home.get(id)
+                    if not self.ingest or known is not None or (table, id) in deciding:
+                        modes[i] = -2
+                    deciding.add((table, id))
             elif self.ingest:
                 # Ids are forgotten as each row moves the watermark, so that a table forgets what its rows would.
                 at = rows.slots[i * rows.width + source.c.time].i
@@ -1360,6 +1367,8 @@ cdef class BatchRun:
                 source.turn_over(watermarks[table])
                 home = source.seen
                 home[id] = None
+                if self.scored[table]:
+                    deciding.add((table, id))
             ids.append((id, home))
         return ids
 

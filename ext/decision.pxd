@@ -23,6 +23,7 @@ ctypedef struct Verdict:
     int16_t failed            # -1: nothing failed; else the index of the failure's text
     int8_t arms[MAX_EXPERIMENTS]
     uint8_t has_score
+    uint8_t counted           # in actions, arms and models since start
     uint8_t outcome
 
 
