@@ -42,4 +42,4 @@ cdef class Program:
         readonly str type      # of the result: float64, int64, bool, timestamp
         readonly Py_ssize_t n_slots  # the row must have at least this many
 
-    cdef _check(self, Py_ssize_t rows, Py_ssize_t width, Py_ssize_t status_rows, Py_ssize_t status_width)
+    cdef tuple _rows(self, slots, status)

@@ -92,51 +92,47 @@ cdef class Program:
         """The value for each row: (slots, status) as the engine would store it.
 
         slots: uint64, shape (rows, n), the 8 bytes of each slot; status: uint8, same shape; arena: where string slots
-        point. Returns uint64 and uint8, shape (rows,). Raises ValueError when the shapes differ or rows are too short.
+        point (not checked: rows come from the engine or from tests). Returns uint64 and uint8, shape (rows,). Raises ValueError when the shapes differ or rows are too short.
         """
+        slots, status = self._rows(slots, status)
         cdef const uint64_t[:, ::1] rows = slots
         cdef const uint8_t[:, ::1] flags = status
         cdef Py_ssize_t i, n = rows.shape[0]
-        self._check(rows.shape[0], rows.shape[1], flags.shape[0], flags.shape[1])
         values = np.empty(n, np.uint64)
         statuses = np.empty(n, np.uint8)
         cdef uint64_t[::1] out = values
         cdef uint8_t[::1] out_status = statuses
         cdef const char *strings = PyBytes_AS_STRING(arena)
-        cdef uint64_t nothing_slot = 0
-        cdef uint8_t nothing_status = 0
-        cdef bint empty = rows.shape[1] == 0
         with nogil:
             for i in range(n):
-                self.api.value(self.ptr, <const ps_slot *>(&nothing_slot if empty else &rows[i, 0]),
-                               &nothing_status if empty else &flags[i, 0], strings, <ps_slot *>&out[i], &out_status[i])
+                self.api.value(self.ptr, <const ps_slot *>&rows[i, 0], &flags[i, 0], strings, <ps_slot *>&out[i],
+                               &out_status[i])
         return values, statuses
 
     def test(self, slots, status, bytes arena=b""):
         """For a condition: int8 per row, 1 true, 0 false, -1 unknown. Arguments as for `evaluate`."""
+        slots, status = self._rows(slots, status)
         cdef const uint64_t[:, ::1] rows = slots
         cdef const uint8_t[:, ::1] flags = status
         cdef Py_ssize_t i, n = rows.shape[0]
         if self.type != "bool":
             raise ValueError(f"expected a condition, this expression is {self.type}")
-        self._check(rows.shape[0], rows.shape[1], flags.shape[0], flags.shape[1])
         truths = np.empty(n, np.int8)
         cdef signed char[::1] out = truths
         cdef const char *strings = PyBytes_AS_STRING(arena)
-        cdef uint64_t nothing_slot = 0
-        cdef uint8_t nothing_status = 0
-        cdef bint empty = rows.shape[1] == 0
         with nogil:
             for i in range(n):
-                out[i] = self.api.test(self.ptr, <const ps_slot *>(&nothing_slot if empty else &rows[i, 0]),
-                                       &nothing_status if empty else &flags[i, 0], strings)
+                out[i] = self.api.test(self.ptr, <const ps_slot *>&rows[i, 0], &flags[i, 0], strings)
         return truths
 
-    cdef _check(self, Py_ssize_t rows, Py_ssize_t width, Py_ssize_t status_rows, Py_ssize_t status_width):
-        if rows != status_rows or width != status_width:
-            raise ValueError("slots and status must have the same shape")
-        if width < self.n_slots:
-            raise ValueError(f"rows have {width} slots, the expression reads {self.n_slots}")
+    cdef tuple _rows(self, slots, status):
+        if slots.ndim != 2 or slots.shape != status.shape:
+            raise ValueError(f"expected slots and status of the same shape (rows, n), got {slots.shape}, {status.shape}")
+        if slots.shape[1] < self.n_slots:
+            raise ValueError(f"rows have {slots.shape[1]} slots, the expression reads {self.n_slots}")
+        if slots.shape[1] == 0:  # an address is needed, even where nothing is read
+            return np.zeros((len(slots), 1), np.uint64), np.zeros((len(slots), 1), np.uint8)
+        return slots, status
 
     @property
     def code(self):

@@ -1,8 +1,9 @@
 /* split.h (hot path): an experiment compiled to integer ranges over a hash, and how other extensions assign with it.
  *
- * A unit is in the experiment if its coverage hash is below cover_bound (no coverage hash: always), and then has the arm
- * of the segment that its split hash falls in. A segment may have arm -1: a hole, not in the experiment. All comparisons
- * are of integers; that they equal the vendor's own formula is settled when the segments are cut (experiments/assignment.py).
+ * A unit is in the experiment if its coverage hash is below cover_bound (no coverage hash: always), and then has the
+ * arm of the segment that its split hash falls in. A segment may have arm -1: a hole, not in the experiment. All
+ * comparisons are of integers; that they equal the vendor's own formula is settled when the segments are cut
+ * (experiments/assignment.py).
  */
 #ifndef PENSTOCK_SPLIT_H
 #define PENSTOCK_SPLIT_H

@@ -28,7 +28,8 @@ cdef extern from "split.h" nogil:
     ctypedef struct ps_split_api:
         int (*assign)(const ps_experiment *, const char *unit, size_t len) noexcept nogil
         int (*assign_int)(const ps_experiment *, int64_t unit) noexcept nogil
-        void (*assign_batch)(const ps_experiment *, const char *data, const int32_t *offsets, size_t n, int16_t *out) noexcept nogil
+        void (*assign_batch)(const ps_experiment *, const char *data, const int32_t *offsets, size_t n,
+                             int16_t *out) noexcept nogil
         void (*assign_batch_int)(const ps_experiment *, const int64_t *units, size_t n, int16_t *out) noexcept nogil
 
     const ps_split_api ps_split

@@ -112,8 +112,8 @@ cdef class Assigner:
     def assign_many(self, units):
         """The arms of many units, as indices into `arms`; -1: not in the experiment. Returns int16, shape (n,).
 
-        units: a list of str, int or None; an int64 array, shape (n,); or a pair (data, offsets) in Arrow's string layout:
-        data bytes-like, offsets int32 of shape (n + 1,). Raises ValueError for offsets that leave data.
+        units: a list of str, int or None; an int64 array, shape (n,); or a pair (data, offsets) in Arrow's string
+        layout: data bytes-like, offsets int32 of shape (n + 1,). Raises ValueError for offsets that leave data.
         """
         if isinstance(units, tuple) and len(units) == 2 and isinstance(units[1], np.ndarray):
             return self._assign_arrow(units[0], units[1])
