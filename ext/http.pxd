@@ -93,13 +93,15 @@ cdef class Connection:
         int64_t     body_left      # Content-Length: bytes to come; chunked: bytes on the wire so far
         int64_t     since          # when the current phase began; the sweep compares it with the timeouts
         int64_t     started        # when the read being worked on began
-        int64_t     blocked_since
+        int64_t     blocked_since  # since when the peer has taken nothing of blocked_bytes
+        int64_t     blocked_bytes
         int64_t     discarded
         int         fd
         int         state
         int         begun          # llhttp: message begins, heads and ends seen in this feed
         int         headed
         int         ended
+        bint        keep_alive
         bint        cacheable
         bint        last           # nothing follows this message in what was read
         bint        spilled        # the transport holds bytes of ours: later ones must queue behind them
@@ -110,7 +112,7 @@ cdef class Connection:
 
     cdef int consume(self, bytes data) except -1
     cdef Py_ssize_t parse(self, bytes data, Py_ssize_t pos) except -1
-    cdef Py_ssize_t piece_end(self, bytes data, Py_ssize_t pos) except -1
+    cdef Py_ssize_t piece_end(self, bytes data, Py_ssize_t pos) except -2
     cdef int feed(self, bytes piece) except -1
     cdef int head_done(self, bytes raw) except -1
     cdef int message_done(self) except -1

@@ -216,11 +216,14 @@ cdef class HttpServer:
         for c in list(self.connections):
             if c.transport is None:
                 continue
-            if c.state == CLOSED:
-                if now - c.since > LINGER_NS:
+            if c.state == CLOSED:                      # the last answer goes out, then what still arrives is dropped
+                if now - c.since > (self.write_timeout if c.transport.get_write_buffer_size() else LINGER_NS):
                     c.transport.abort()
             elif c.paused:
-                if now - c.blocked_since > self.write_timeout:
+                if c.blocked_bytes != c.transport.get_write_buffer_size():
+                    c.blocked_bytes = c.transport.get_write_buffer_size()
+                    c.blocked_since = now
+                elif now - c.blocked_since > self.write_timeout:
                     c.transport.abort()
             elif c.state == IN_HEAD and not c.tail:
                 if now - c.since > self.idle_timeout:
@@ -371,6 +374,8 @@ cdef class Connection:
         self.paused = False
         self.pending = None
         self.started = ps_http_now()
+        if self.state != CLOSED:
+            self.since = self.started
         if self.transport is None:
             return
         if data is not None and self.state != CLOSED:
@@ -391,6 +396,8 @@ cdef class Connection:
         self.url = self.url + url if self.url else url
 
     def on_headers_complete(self):
+        # Only now: llhttp forgets what Connection said once the message is complete.
+        self.keep_alive = self.parser.should_keep_alive()
         self.headed += 1
 
     def on_body(self, bytes part):
@@ -456,7 +463,7 @@ cdef class Connection:
             raise
         return 0
 
-    cdef Py_ssize_t piece_end(self, bytes data, Py_ssize_t pos) except -1:
+    cdef Py_ssize_t piece_end(self, bytes data, Py_ssize_t pos) except -2:
         """Where the next blank line ends, also one that began in an earlier read; -1 if there is none."""
         cdef Py_ssize_t kept = PyByteArray_GET_SIZE(self.tail)
         cdef int64_t found
@@ -580,7 +587,7 @@ cdef class Connection:
         head.route = server.unmatched
         head.query = ""
         head.content_length = fields.content_length
-        head.keep_alive = self.parser.should_keep_alive()
+        head.keep_alive = self.keep_alive
         head.http10 = version != "1.1"
         head.head_only = method == "HEAD"
         head.ingest = True

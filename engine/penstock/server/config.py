@@ -74,7 +74,7 @@ def load_config(
         try:
             msgspec.convert({name: value}, ServerConfig, strict=not isinstance(value, str))
         except msgspec.ValidationError as error:
-            message = str(error).partition(" - at `")[0]
+            message = str(error).partition(" - at `")[0].partition(", got ")[0]
             raise ConfigError(f"{place[name]}: {message}, got {value!r}") from None
     return msgspec.convert(merged, ServerConfig, strict=False)
 

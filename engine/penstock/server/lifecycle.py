@@ -1,8 +1,8 @@
 """Start and stop of the server (control path).
 
 Start: take the port, load the engine, freeze what the garbage collector would walk, then accept (the kernel queues who
-comes earlier). Stop (SIGTERM or SIGINT): accept no more connections, answer what was accepted with `Connection: close`, exit 0; a second signal stops at
-once. What must stay true: a request whose bytes were accepted before the signal is answered.
+comes earlier). Stop (SIGTERM or SIGINT): accept no more connections, answer what was accepted with `Connection: close`,
+exit 0; a second signal stops at once. What must stay true: a request that arrived before the signal is answered.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import ipaddress
-import os
 import resource
 import signal
 import socket

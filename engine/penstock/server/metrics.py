@@ -110,7 +110,7 @@ class Metrics:
             ((_labels(code=code), n) for code, n in sorted(server.error_counts.items())),
         )
         _one(lines, "penstock_http_connections", "gauge", "Connections open now.", server.open_connections)
-        _one(lines, "penstock_http_connections_total", "counter", "Connections accepted.", server.accepted)
+        _one(lines, "penstock_http_connections_accepted_total", "counter", "Connections accepted.", server.accepted)
         _one(
             lines,
             "penstock_http_connections_refused_total",

@@ -95,9 +95,10 @@ def build_server(engine: Engine, config: ServerConfig, state: dict[str, bool]) -
         write_timeout=config.write_timeout,
     )
     metrics = Metrics(engine, server, state)
-    index = "".join(
-        f"{' and '.join(route.methods)} {path}\n" for path, route in routes.items()
-    ) + "GET /health/live\nGET /health/ready\nGET /metrics\nGET /openapi.json\n"
+    index = (
+        "".join(f"{' and '.join(route.methods)} {path}\n" for path, route in routes.items())
+        + "GET /health/live\nGET /health/ready\nGET /metrics\nGET /openapi.json\n"
+    )
 
     def live(query: str, body: bytes) -> tuple[int, bytes, bytes]:
         return 200, JSON, b'{"live":true}'

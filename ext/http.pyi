@@ -1,0 +1,104 @@
+"""HTTP/1.1 on uvloop: routes, what connections share, and the protocol."""
+
+from asyncio import Protocol
+from collections.abc import Callable
+from typing import Any, Final, TypedDict
+
+Handler = Callable[[str, bytes], tuple[int, bytes, bytes]]
+
+STATUSES: Final[tuple[int, ...]]
+BUCKETS: Final[tuple[float, ...]]
+
+class RouteCounters(TypedDict):
+    buckets: list[int]
+    count: int
+    seconds: float
+    statuses: dict[int, int]
+
+class RequestError(Exception):
+    """A request that a handler refuses: `status`, and `code`, `message` and `path` of the JSON error."""
+
+    status: int
+    code: str
+    message: str
+    path: str | None
+    def __init__(self, status: int, code: str, message: str, path: str | None = None) -> None: ...
+
+class Route:
+    """One path of the server and its counters.
+
+    kind: "score", "events" (answered natively) or "handler" (`handler(query, body) -> (status, content type, payload)`).
+    """
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def methods(self) -> tuple[str, ...]: ...
+    def __init__(
+        self,
+        label: str,
+        kind: str,
+        methods: tuple[str, ...],
+        *,
+        index: int | None = None,
+        decode_one: Callable[[bytes], Any] | None = None,
+        decode_many: Callable[[bytes], list[Any]] | None = None,
+        call_one: Callable[..., Any] | None = None,
+        call_many: Callable[..., Any] | None = None,
+        handler: Handler | None = None,
+    ) -> None: ...
+    def counters(self) -> RouteCounters: ...
+
+class HttpServer:
+    """What the connections of one server share. Called without arguments it makes the protocol of a new connection."""
+
+    draining: bool
+    reuse_heads: bool
+    def __init__(
+        self,
+        routes: dict[str, Route],
+        *,
+        not_found: Callable[[str], str],
+        event_error: type[Exception],
+        log: Callable[[BaseException], object] | None = None,
+        max_body: int = ...,
+        max_head: int = ...,
+        max_fields: int = ...,
+        max_connections: int = ...,
+        head_timeout: float = ...,
+        body_timeout: float = ...,
+        idle_timeout: float = ...,
+        write_timeout: float = ...,
+    ) -> None: ...
+    def __call__(self) -> Connection: ...
+    @property
+    def max_body(self) -> int: ...
+    @property
+    def max_head(self) -> int: ...
+    @property
+    def max_fields(self) -> int: ...
+    @property
+    def max_connections(self) -> int: ...
+    @property
+    def open_connections(self) -> int: ...
+    @property
+    def accepted(self) -> int: ...
+    @property
+    def refused(self) -> int: ...
+    @property
+    def head_hits(self) -> int: ...
+    @property
+    def head_misses(self) -> int: ...
+    @property
+    def error_counts(self) -> dict[str, int]: ...
+    def all_routes(self) -> list[Route]: ...
+    def tell_date(self) -> None: ...
+    def sweep(self) -> None: ...
+    def close_idle(self, force: bool = False) -> int: ...
+
+class Connection(Protocol):
+    """The protocol of one connection, as uvloop calls it."""
+
+    def __init__(self, server: HttpServer) -> None: ...

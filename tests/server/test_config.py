@@ -1,0 +1,86 @@
+"""Settings: flags before variables before the file, unknown names refused with their place."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock.server.config import ConfigError, ServerConfig, load_config, parse_flags
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "penstock.toml"
+
+    def write(text):
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_defaults(tmp_path):
+    assert load_config({}, {}, tmp_path / "none.toml") == ServerConfig()
+    assert ServerConfig().host == "127.0.0.1"
+
+
+def test_order(file):
+    path = file('[server]\nport = 1\nhost = "10.0.0.1"\nmax_body = 100\n')
+    config = load_config({"port": "3"}, {"PENSTOCK_PORT": "2", "PENSTOCK_HOST": "10.0.0.2", "OTHER": "x"}, path)
+    assert (config.port, config.host, config.max_body) == (3, "10.0.0.2", 100)
+
+
+def test_text_and_numbers_are_taken_alike(tmp_path):
+    none = tmp_path / "none.toml"
+    for seconds in ("2.5", 2.5):
+        assert load_config({"head_timeout": seconds}, {}, none).head_timeout == 2.5
+    assert load_config({"idle_timeout": 3}, {}, none).idle_timeout == 3.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "text", "place"),
+    [
+        ({"prot": 1}, {}, "", "prot: no such setting"),
+        ({}, {"PENSTOCK_PROT": "1"}, "", "PENSTOCK_PROT: no such setting"),
+        ({}, {}, "[server]\nprot = 1", "server.prot: no such setting"),
+        ({}, {}, "[sever]\nport = 1", "sever: no such table"),
+        ({}, {}, "port = 1", "port: no such table"),
+        ({}, {}, "[server\n", "not TOML"),
+        ({"port": 70000}, {}, "", "--port: Expected `int` <= 65535, got 70000"),
+        ({"max_body": 0}, {}, "", "--max-body: "),
+        ({}, {"PENSTOCK_PORT": "many"}, "", "PENSTOCK_PORT: Expected `int`, got 'many'"),
+        ({}, {}, '[server]\nport = "x"', "server.port: "),
+        ({}, {}, "[server]\nport = true", "server.port: "),
+        ({}, {}, "[server]\nhead_timeout = 0", "server.head_timeout: "),
+        ({}, {"PENSTOCK_HEAD_TIMEOUT": "nan"}, "", "PENSTOCK_HEAD_TIMEOUT: "),
+    ],
+)
+def test_refused(file, flags, environment, text, place):
+    with pytest.raises(ConfigError) as caught:
+        load_config(flags, environment, file(text))
+    assert place in str(caught.value)
+
+
+def test_variables_of_other_parts_pass(tmp_path):
+    load_config({}, {"PENSTOCK_CACHE": "x", "PENSTOCK_EXT": "http"}, tmp_path / "none.toml")
+
+
+def test_flags():
+    app, flags = parse_flags(["fraud.py", "--port", "0", "--max-body=5"])
+    assert app == "fraud.py"
+    assert flags == {"port": "0", "max_body": "5"}
+
+
+@pytest.mark.parametrize("arguments", [[], ["a.py", "--prot", "1"], ["a.py", "b.py"], ["a.py", "--por", "1"]])
+def test_flags_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_flags(arguments)
+    assert caught.value.code == 2
+    assert "penstock serve" in capsys.readouterr().err
+
+
+def test_every_setting_has_help(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(["--help"])
+    shown = capsys.readouterr().out
+    for name in ServerConfig.__struct_fields__:
+        assert "--" + name.replace("_", "-") in shown
