@@ -92,7 +92,8 @@ cdef class Program:
         """The value for each row: (slots, status) as the engine would store it.
 
         slots: uint64, shape (rows, n), the 8 bytes of each slot; status: uint8, same shape; arena: where string slots
-        point (not checked: rows come from the engine or from tests). Returns uint64 and uint8, shape (rows,). Raises ValueError when the shapes differ or rows are too short.
+        point (not checked: rows come from the engine or from tests). Returns uint64 and uint8, shape (rows,).
+        Raises ValueError when the shapes differ or rows are too short.
         """
         slots, status = self._rows(slots, status)
         cdef const uint64_t[:, ::1] rows = slots
@@ -127,7 +128,7 @@ cdef class Program:
 
     cdef tuple _rows(self, slots, status):
         if slots.ndim != 2 or slots.shape != status.shape:
-            raise ValueError(f"expected slots and status of the same shape (rows, n), got {slots.shape}, {status.shape}")
+            raise ValueError(f"slots and status: expected the same shape (rows, n), got {slots.shape}, {status.shape}")
         if slots.shape[1] < self.n_slots:
             raise ValueError(f"rows have {slots.shape[1]} slots, the expression reads {self.n_slots}")
         if slots.shape[1] == 0:  # an address is needed, even where nothing is read
