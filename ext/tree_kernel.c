@@ -54,8 +54,9 @@ struct ps_trees {
     int layout, simd, mask_bits;
     uint8_t round_input, accumulate32, base_first, aggregate, transform;
     uint8_t onnx_post, onnx_binary, onnx_all_positive, onnx_output32;
-    uint8_t single; /* one raw score, one weight per leaf, sum or average */
+    uint8_t single; /* one weight per leaf, all for one target; sum or average */
     uint8_t single_target; /* one weight per leaf and sum or average, but several raw scores: target by leaf */
+    uint32_t only; /* the target of single */
     double slope, divisor;
     int32_t n_base;
     double *base;
@@ -326,7 +327,10 @@ static ps_trees *start(const ps_trees_form *form, node_place **places, char *err
             m->target[leaf_new[l]] = form->weight_target[k];
         }
     }
-    m->single = m->single_target && m->n_raw == 1;
+    m->single = m->single_target;
+    m->only = (uint32_t)m->target[0];
+    for (uint32_t l = 0; l < leaves; l++)
+        m->single &= (uint32_t)m->target[l] == m->only;
     free(leaf_new), free(stack), free(seen);
     return m;
 fail:
@@ -747,7 +751,7 @@ static float onnx_logistic(float x) {
 static float onnx_probit(float x) {
     float y = 2 * x - 1, sign = y < 0 ? -1.0f : 1.0f;
     y = (1 - y) * (1 + y);
-    float log = logf(y), v = 2 / (3.14159f * 0.147f) + 0.5f * log, v2 = 1 / 0.147f * log;
+    float log = logf(y), v = 2 / (3.14159265f * 0.147f) + 0.5f * log, v2 = 1 / 0.147f * log;
     float v3 = -v + sqrtf(v * v - v2);
     return 1.41421356f * (sign * sqrtf(v3));
 }
@@ -810,7 +814,7 @@ static void onnx_finish(const ps_trees *m, double *acc, uint8_t *has, double *ou
         if (!raw)
             onnx_post(m->onnx_post, out, n);
     } else {
-        int two = 1, second = -1;
+        int two = 1, second = m->n_base ? -1 : 3;
         if (m->n_base == 2) {
             if (has[1]) {
                 acc[1] = add(m, base[1], acc[0]);
@@ -842,12 +846,12 @@ static void onnx_finish(const ps_trees *m, double *acc, uint8_t *has, double *ou
                     out[0] = onnx_probit((float)v);
             } else if (m->onnx_post == PS_ONNX_PROBIT) {
                 out[0] = onnx_probit((float)v);
-            } else if (second <= 1) {
-                out[1] = v;
-                out[0] = add(m, 1, -v);
             } else if (m->onnx_post == PS_ONNX_LOGISTIC) {
                 out[1] = onnx_logistic((float)v);
                 out[0] = onnx_logistic((float)-v);
+            } else if (second <= 1) {
+                out[1] = v;
+                out[0] = add(m, 1, -v);
             } else {
                 out[1] = v;
                 out[0] = -v;
@@ -1032,17 +1036,17 @@ static void walk_row(const ps_trees *m, const double *pair, uint32_t *leaves) {
 
 static void add_leaves(const ps_trees *m, const uint32_t *leaves, double *acc, uint8_t *has) {
     if (m->single && !m->accumulate32) {
-        double s = acc[0];
+        double s = acc[m->only];
         for (uint32_t t = 0; t < m->n_trees; t++)
             s += m->value[leaves[t]];
-        acc[0] = s;
-        has[0] = 1;
+        acc[m->only] = s;
+        has[m->only] = 1;
     } else if (m->single) {
-        float s = (float)acc[0];
+        float s = (float)acc[m->only];
         for (uint32_t t = 0; t < m->n_trees; t++)
             s += m->value32[leaves[t]];
-        acc[0] = s;
-        has[0] = 1;
+        acc[m->only] = s;
+        has[m->only] = 1;
     } else {
         for (uint32_t t = 0; t < m->n_trees; t++)
             add_leaf(m, leaves[t], acc, has);
@@ -1167,7 +1171,7 @@ static void mask_row(const ps_trees *m, const double *x, const uint8_t **from, u
     }
 }
 
-/* The sums of one raw score over `rows` rows whose masks stand `row_bytes` apart, in tree order, ROWS rows at a time. */
+/* The sums of the only raw score (acc begins there) over `rows` rows whose masks stand `row_bytes` apart, in tree order, ROWS rows at a time. */
 #define SUM_MASKS(name, MASK, CTZ, REAL, VALUE)                                                                        \
     static void name(const ps_trees *m, const uint8_t *masks, uint32_t rows, double *acc) {                            \
         const uint32_t *leaf0 = m->leaf0;                                                                              \
@@ -1176,20 +1180,21 @@ static void mask_row(const ps_trees *m, const double *x, const uint8_t **from, u
         if (rows == ROWS) {                                                                                            \
             const MASK *a = (const MASK *)masks, *b = (const MASK *)(masks + m->row_bytes);                            \
             const MASK *c = (const MASK *)(masks + 2 * m->row_bytes), *d = (const MASK *)(masks + 3 * m->row_bytes);   \
-            REAL sa = (REAL)acc[0], sb = (REAL)acc[1], sc = (REAL)acc[2], sd = (REAL)acc[3];                           \
+            size_t n = m->n_raw;                                                                                       \
+            REAL sa = (REAL)acc[0], sb = (REAL)acc[n], sc = (REAL)acc[2 * n], sd = (REAL)acc[3 * n];                   \
             for (uint32_t t = 0; t < trees; t++) {                                                                     \
                 const REAL *v = value + leaf0[t];                                                                      \
                 sa += v[CTZ(a[t])], sb += v[CTZ(b[t])], sc += v[CTZ(c[t])], sd += v[CTZ(d[t])];                        \
             }                                                                                                          \
-            acc[0] = sa, acc[1] = sb, acc[2] = sc, acc[3] = sd;                                                        \
+            acc[0] = sa, acc[n] = sb, acc[2 * n] = sc, acc[3 * n] = sd;                                                \
             return;                                                                                                    \
         }                                                                                                              \
         for (uint32_t r = 0; r < rows; r++) {                                                                          \
             const MASK *a = (const MASK *)(masks + r * m->row_bytes);                                                  \
-            REAL s = (REAL)acc[r];                                                                                     \
+            REAL s = (REAL)acc[r * m->n_raw];                                                                          \
             for (uint32_t t = 0; t < trees; t++)                                                                       \
                 s += value[leaf0[t] + (uint32_t)CTZ(a[t])];                                                            \
-            acc[r] = s;                                                                                                \
+            acc[r * m->n_raw] = s;                                                                                     \
         }                                                                                                              \
     }
 
@@ -1243,10 +1248,11 @@ int ps_trees_predict(const ps_trees *m, const double *x, size_t rows, size_t str
                 mask_row(m, from + k * stride, (const uint8_t **)(room + first), room + k * m->row_bytes);
             if (m->single) {
                 if (m->accumulate32)
-                    (m->mask_bits == 32 ? sum_masks_32_f32 : sum_masks_64_f32)(m, room, n, acc);
+                    (m->mask_bits == 32 ? sum_masks_32_f32 : sum_masks_64_f32)(m, room, n, acc + m->only);
                 else
-                    (m->mask_bits == 32 ? sum_masks_32_f64 : sum_masks_64_f64)(m, room, n, acc);
-                memset(has, 1, n);
+                    (m->mask_bits == 32 ? sum_masks_32_f64 : sum_masks_64_f64)(m, room, n, acc + m->only);
+                for (uint32_t k = 0; k < n; k++)
+                    has[(size_t)k * n_raw + m->only] = 1;
             } else
                 add_masks(m, room, acc, has);
         } else if (m->layout == PS_LAYOUT_WALK) {
