@@ -14,6 +14,7 @@
 
 #define LIKELY(x) __builtin_expect(!!(x), 1)
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
+#define OFF_PATH __attribute__((noinline)) /* rare: kept out of the callers' registers */
 
 enum { UNIT = 16, FORMAT = 1, N_CLASSES = 136, FIRST_BUCKETS = 256, MAX_SEGMENTS = 24, CHUNK_BYTES = 4096 };
 enum { KEY_INLINE = 24, SWEEP_EVENTS = 4096, HUGE_AFTER = 2 << 20 };
@@ -62,15 +63,25 @@ typedef struct {
     uint8_t class;   /* size class */
 } chunk_t;
 
+/* Behind the header of a full chunk: per summary a winner_t over it (once sealed), then per summary a rest_t. */
+
 typedef struct { /* a winner of min, max (bits: ordered key), first or last (bits: the value) */
     uint64_t bits;
     int64_t time;
 } winner_t;
 
+typedef struct { /* the winner over the sealed chunks behind this one, up to and including `until`; 0: none yet */
+    winner_t winner;
+    ref_t until;
+    uint32_t stamp; /* valid while it equals the blob's late_stamp */
+} rest_t;
+
 typedef struct {
     ref_t chunk;
     uint32_t index;
     int64_t next_time; /* of the event under the cursor */
+    uint32_t passed;   /* events before the window: what count() without where subtracts */
+    uint32_t pad;
 } tail_t;
 
 typedef struct {
@@ -85,6 +96,7 @@ typedef struct {
     uint64_t fingerprint;
     uint64_t engine_field;
     int64_t log_id, sequence;
+    uint32_t late_stamp, pad2; /* counts events put into sealed chunks */
     uint32_t key_len;
     ref_t key_ref;
     union {
@@ -126,6 +138,7 @@ typedef struct {
     int cell, tail; /* tail -1: Lifetime */
     uint32_t off_n; /* uint32 evicted; 0 for Lifetime */
     uint8_t is_sum, is_squares, is_distinct, is_first;
+    uint8_t is_passed; /* count() without where: off_n is the tail's */
     int j_sum, j_squares, j_inside;
     uint32_t off_min, off_max, off_first, off_distinct;
     uint32_t off_old_min, off_old_max; /* Lifetime: over what has left the ring */
@@ -141,11 +154,18 @@ typedef struct {
 typedef struct { /* one (pair, right edge) of a group and the results made from it */
     int pair, right; /* right: 0 for t <= T, 1 for t < T */
     uint32_t first_result, n_results;
+    uint8_t only_counts;                /* read in one go with the others of the group when everything is plain */
     uint8_t plain;                      /* the results are the following, each at most once */
     int count, sum, mean, min, max;     /* places in the output; -1: not wanted */
     uint32_t off_total, off_n, off_sum; /* of the pair, to save the way through pair and cell */
     int j_sum;
+    uint32_t off_min, off_max;
+    int64_t edge; /* left edge = T - edge */
 } step_t;
+
+typedef struct {
+    uint32_t off_total, off_n, out;
+} count_t;
 
 typedef struct { /* what evicting does for one pair of a tail */
     uint64_t where_mask;
@@ -187,6 +207,8 @@ struct ps_store {
     uint32_t *plain_winners;
     step_t *steps;
     uint32_t *group_start;          /* steps */
+    count_t *counts;                /* the steps of a group that only count */
+    uint32_t *count_start;
     result_t *results;
 
     uint64_t *record, *extra;       /* scratch */
@@ -288,7 +310,7 @@ static int table_init(ps_store *S, table_t *t) {
 }
 
 /* One more bucket; without memory the chains just get longer. */
-static void table_split(ps_store *S, table_t *t) {
+OFF_PATH static void table_split(ps_store *S, table_t *t) {
     uint64_t fresh = t->buckets;
     if (fresh == t->low) {
         int k = 63 - __builtin_clzll(fresh);
@@ -549,7 +571,7 @@ static inline int lane_takes(const ps_lane *lane, uint64_t bits) {
 }
 
 /* Makes room for the term (or, with `wide`, for 2^40 terms). 0 without memory; sums keep their values either way. */
-static int lane_make_room(ps_store *S, ps_lane *lane, int accumulators, int square, ps_term t, int wide) {
+OFF_PATH static int lane_make_room(ps_store *S, ps_lane *lane, int accumulators, int square, ps_term t, int wide) {
     int base, narrow = lane->ref == 0, is_narrow;
     if (t.magnitude == 0 && !(wide && lane->limbs)) return 1;
     if (t.magnitude == 0 || (wide && ps_lane_fits(lane->base, lane->limbs, 0, t)))
@@ -651,7 +673,7 @@ static void value_remove(ps_store *S, const cell_t *cell, values_t *v, value_t *
 
 static inline tail_t *tails_of(const ps_store *S, blob_t *B) { return IN(B, tail_t, S->off_tails); }
 
-static void evict_pair(ps_store *S, blob_t *B, const pair_t *pair, const uint64_t *rec) {
+OFF_PATH static void evict_pair(ps_store *S, blob_t *B, const pair_t *pair, const uint64_t *rec) {
     const cell_t *cell = &S->cells[pair->cell];
     if (!matches(S, cell, rec)) return;
     ++*IN(B, uint32_t, pair->off_n);
@@ -666,16 +688,17 @@ static void evict_pair(ps_store *S, blob_t *B, const pair_t *pair, const uint64_
     }
 }
 
-static inline void evict(ps_store *S, blob_t *B, int k, const uint64_t *rec) {
-    for (const evict_t *e = S->evicts + S->tail_start[k], *end = S->evicts + S->tail_start[k + 1]; e < end; e++) {
+static inline void evict(ps_store *S, blob_t *B, const evict_t *e, const evict_t *end, const uint64_t *rec) {
+    for (; e < end; e++) {
         if (UNLIKELY(!e->plain)) {
             evict_pair(S, B, &S->pairs[e->pair], rec);
             continue;
         }
-        if (e->where_mask && !(rec[S->where_word] & e->where_mask)) continue;
-        if (e->slot && is_nan(rec[e->slot])) continue;
+        if (UNLIKELY(e->where_mask) && !(rec[S->where_word] & e->where_mask)) continue;
+        uint64_t bits = rec[e->slot];
+        if (UNLIKELY(e->slot && is_nan(bits))) continue;
         ++*IN(B, uint32_t, e->off_n);
-        if (e->off_sum) lane_add_double(S, IN(B, ps_lane, e->off_sum), e->j_sum, rec[e->slot]);
+        if (e->off_sum) lane_add_double(S, IN(B, ps_lane, e->off_sum), e->j_sum, bits);
     }
 }
 
@@ -705,8 +728,9 @@ static void unevict(ps_store *S, blob_t *B, int k, const uint64_t *rec) {
 static void seek_forward(ps_store *S, blob_t *B, int k, int64_t left) {
     tail_t *tail = tails_of(S, B) + k;
     chunk_t *c = AT(S, chunk_t, tail->chunk);
-    uint32_t i = tail->index, count = c->count, stride = (uint32_t)S->stride;
+    uint32_t i = tail->index, count = c->count, stride = (uint32_t)S->stride, passed = 0;
     const uint64_t *rec = record_at(S, c, i);
+    const evict_t *first = S->evicts + S->tail_start[k], *end = S->evicts + S->tail_start[k + 1];
     int64_t next_time = AT_END;
     for (;;) {
         if (UNLIKELY(i == count)) {
@@ -722,15 +746,17 @@ static void seek_forward(ps_store *S, blob_t *B, int k, int64_t left) {
             next_time = (int64_t)rec[0];
             break;
         }
-        evict(S, B, k, rec);
+        evict(S, B, first, end, rec);
+        passed++;
         i++;
         rec += stride;
     }
     tail->index = i;
     tail->next_time = next_time;
+    tail->passed += passed;
 }
 
-static void seek_backward(ps_store *S, blob_t *B, int k, int64_t left) {
+OFF_PATH static void seek_backward(ps_store *S, blob_t *B, int k, int64_t left) {
     tail_t *tail = tails_of(S, B) + k;
     if (!tail->chunk) return;
     chunk_t *c = AT(S, chunk_t, tail->chunk);
@@ -747,6 +773,7 @@ static void seek_backward(ps_store *S, blob_t *B, int k, int64_t left) {
         if ((int64_t)rec[0] < left) break;
         unevict(S, B, k, rec);
         tail->next_time = (int64_t)rec[0];
+        tail->passed--;
         i--;
     }
     tail->index = i;
@@ -768,6 +795,12 @@ static inline void seek(ps_store *S, blob_t *B, int64_t T) {
 
 static inline winner_t *summary_of(chunk_t *c) { return (winner_t *)(c + 1); }
 
+static inline rest_t *rest_of(const ps_store *S, chunk_t *c) { return (rest_t *)(summary_of(c) + S->n_summaries); }
+
+static inline uint32_t summary_bytes(const ps_store *S) {
+    return ((uint32_t)S->n_summaries * (uint32_t)(sizeof(winner_t) + sizeof(rest_t)) + 15) & ~15u;
+}
+
 static ref_t chunk_new(ps_store *S, uint32_t units) {
     uint32_t size;
     int class = size_class(units, &size);
@@ -775,15 +808,15 @@ static ref_t chunk_new(ps_store *S, uint32_t units) {
     if (!ref) return 0;
     chunk_t *c = AT(S, chunk_t, ref);
     uint32_t head = sizeof(chunk_t), record = (uint32_t)S->stride * 8;
-    if (units >= S->full_chunk_units) head += (uint32_t)S->n_summaries * sizeof(winner_t);
+    if (units >= S->full_chunk_units) head += summary_bytes(S);
+    memset(c + 1, 0, head - sizeof(chunk_t));
     *c = (chunk_t){0, 0, 0, (uint16_t)((size * UNIT - head) / record), (uint16_t)head, 0, (uint8_t)class};
     return ref;
 }
 
 static void chunk_free(ps_store *S, ref_t ref) { heap_free_class(S, ref, AT(S, chunk_t, ref)->class); }
 
-static void summarize(const ps_store *S, chunk_t *c, const uint64_t *rec) {
-    winner_t *w = summary_of(c);
+static void summarize(const ps_store *S, const uint64_t *rec, winner_t *w) {
     for (uint32_t i = 0; i < S->n_cells; i++) {
         const cell_t *cell = &S->cells[i];
         if ((cell->min_summary < 0 && cell->max_summary < 0) || !matches(S, cell, rec)) continue;
@@ -793,10 +826,10 @@ static void summarize(const ps_store *S, chunk_t *c, const uint64_t *rec) {
     }
 }
 
-static void seal(const ps_store *S, chunk_t *c) {
+OFF_PATH static void seal(const ps_store *S, chunk_t *c) {
     if (!S->n_summaries) return;
     for (int i = 0; i < S->n_summaries; i++) summary_of(c)[i] = (winner_t){(uint64_t)INT64_MIN, NO_TIME};
-    for (uint32_t i = 0; i < c->count; i++) summarize(S, c, record_at(S, c, i));
+    for (uint32_t i = 0; i < c->count; i++) summarize(S, record_at(S, c, i), summary_of(c));
     c->sealed = 1;
 }
 
@@ -855,7 +888,7 @@ static void drop_first_chunk(ps_store *S, blob_t *B) {
 }
 
 /* Drops what no admissible read can reach any more: whole chunks, or the front of an only chunk. */
-static void drop_old(ps_store *S, blob_t *B, int64_t watermark) {
+OFF_PATH static void drop_old(ps_store *S, blob_t *B, int64_t watermark) {
     if (!B->first || watermark < PS_TIME_MIN) return;
     int64_t oldest_T = watermark - S->lateness, reach = oldest_T - S->longest;
     chunk_t *c = AT(S, chunk_t, B->first);
@@ -877,7 +910,7 @@ static void drop_old(ps_store *S, blob_t *B, int64_t watermark) {
 }
 
 /* Replaces the only chunk by one of twice the size. */
-static int chunk_grow(ps_store *S, blob_t *B) {
+OFF_PATH static int chunk_grow(ps_store *S, blob_t *B) {
     ref_t old = B->first;
     uint32_t units = class_size(AT(S, chunk_t, old)->class) * 2 - 1; /* 5, 9, 17, ... */
     if (units > S->full_chunk_units) units = S->full_chunk_units;
@@ -898,13 +931,17 @@ static inline int chunk_is_small(const ps_store *S, const chunk_t *c) {
 }
 
 /* Finds the place of a new event at time t: after every event with time <= t. Makes room there. 0 without memory. */
-static int place(ps_store *S, blob_t *B, int64_t t, ref_t *chunk, uint32_t *index) {
+OFF_PATH static int place(ps_store *S, blob_t *B, int64_t t, ref_t *chunk, uint32_t *index) {
     if (UNLIKELY(!B->first)) {
         ref_t ref = chunk_new(S, S->first_chunk_units);
         if (!ref) return 0;
         B->first = B->last = ref;
         tail_t *tail = tails_of(S, B);
-        for (uint32_t k = 0; k < S->n_tails; k++) tail[k] = (tail_t){ref, 0, AT_END};
+        for (uint32_t k = 0; k < S->n_tails; k++) {
+            tail[k].chunk = ref;
+            tail[k].index = 0;
+            tail[k].next_time = AT_END;
+        }
     }
     chunk_t *c = AT(S, chunk_t, B->last);
     if (UNLIKELY(c->count == c->capacity)) {
@@ -952,6 +989,7 @@ static int place(ps_store *S, blob_t *B, int64_t t, ref_t *chunk, uint32_t *inde
         }
         c->next = fresh;
         seal(S, c);
+        for (int i = 0; i < S->n_summaries; i++) rest_of(S, c)[i].until = 0; /* what was split off is behind it now */
         tail_t *tail = tails_of(S, B);
         for (uint32_t k = 0; k < S->n_tails; k++)
             if (tail[k].chunk == ref && tail[k].index >= half) {
@@ -974,6 +1012,30 @@ static int place(ps_store *S, blob_t *B, int64_t t, ref_t *chunk, uint32_t *inde
     return 1;
 }
 
+/* An event has come into a sealed chunk: rests that it lies behind take it in, and those under a tail stay valid. */
+OFF_PATH static void update_rests(ps_store *S, blob_t *B, ref_t chunk, const uint64_t *rec) {
+    uint32_t old = B->late_stamp++;
+    const tail_t *tail = tails_of(S, B);
+    for (uint32_t k = 0; k < S->n_tails; k++) {
+        chunk_t *c = AT(S, chunk_t, tail[k].chunk);
+        if (!c->next) continue;
+        int behind = tail[k].chunk != chunk && record_time(S, c, 0) <= (int64_t)rec[0];
+        rest_t *rest = rest_of(S, c);
+        for (uint32_t i = 0; i < S->n_cells; i++) {
+            const cell_t *cell = &S->cells[i];
+            if (cell->min_summary < 0 && cell->max_summary < 0) continue;
+            int counts = behind && matches(S, cell, rec);
+            int64_t key = counts ? ordered(cell, rec[cell->slot]) : 0;
+            for (int is_min = 0; is_min < 2; is_min++) {
+                int summary = is_min ? cell->min_summary : cell->max_summary;
+                if (summary < 0 || !rest[summary].until || rest[summary].stamp != old) continue;
+                if (counts) improve(&rest[summary].winner, is_min ? ~key : key, (int64_t)rec[0]);
+                rest[summary].stamp = B->late_stamp;
+            }
+        }
+    }
+}
+
 /* Writes the record at its place and keeps every tail at the first event inside its window. */
 static void insert(ps_store *S, blob_t *B, ref_t chunk, uint32_t index, const uint64_t *rec) {
     chunk_t *c = AT(S, chunk_t, chunk);
@@ -984,16 +1046,26 @@ static void insert(ps_store *S, blob_t *B, ref_t chunk, uint32_t index, const ui
     if (index < before) memmove(at + S->stride, at, (uint64_t)(before - index) * (uint32_t)S->stride * 8);
     for (int i = 0; i < S->stride; i++) at[i] = rec[i];
     c->count++;
-    if (UNLIKELY(c->sealed)) summarize(S, c, rec);
+    if (UNLIKELY(c->sealed)) {
+        summarize(S, rec, summary_of(c));
+        update_rests(S, B, chunk, rec);
+    }
     for (uint32_t k = 0; k < S->n_tails; k++) {
         if (t >= B->cursor - S->edge[k]) {
             /* all before the cursor is older than the window: a time earlier than the next event's is the new next */
-            if (t < tail[k].next_time) tail[k] = (tail_t){chunk, index, t};
-        } else if (tail[k].next_time == AT_END) {
-            tail[k].chunk = B->last;
-            tail[k].index = AT(S, chunk_t, B->last)->count;
-        } else if (tail[k].chunk == chunk && tail[k].index >= index) {
-            tail[k].index++;
+            if (t < tail[k].next_time) {
+                tail[k].chunk = chunk;
+                tail[k].index = index;
+                tail[k].next_time = t;
+            }
+        } else {
+            tail[k].passed++;
+            if (tail[k].next_time == AT_END) {
+                tail[k].chunk = B->last;
+                tail[k].index = AT(S, chunk_t, B->last)->count;
+            } else if (tail[k].chunk == chunk && tail[k].index >= index) {
+                tail[k].index++;
+            }
         }
     }
 }
@@ -1024,7 +1096,11 @@ static int store_apply(ps_store *S, ps_handle h, const ps_event *e) {
         if (cell->is_distinct && UNLIKELY(!values_prepare(S, cell, IN(B, values_t, cell->off_values)))) goto no_memory;
     }
     int64_t t = e->event_time;
-    if (UNLIKELY(!place(S, B, t, &chunk, &index))) goto no_memory;
+    chunk_t *newest = AT(S, chunk_t, B->last);
+    chunk = B->last;
+    index = newest->count;
+    if (UNLIKELY(!chunk || t < B->newest || index == newest->capacity))
+        if (!place(S, B, t, &chunk, &index)) goto no_memory;
 
     /* from here on nothing fails */
     insert(S, B, chunk, index, rec);
@@ -1060,7 +1136,7 @@ static int store_apply(ps_store *S, ps_handle h, const ps_event *e) {
             const pair_t *pair = &S->pairs[S->cell_pairs[p]];
             if (!all_inside && pair->tail >= 0 && t < B->cursor - S->edge[pair->tail]) {
                 ps_term x = term_of(cell, bits);
-                ++*IN(B, uint32_t, pair->off_n);
+                if (!pair->is_passed) ++*IN(B, uint32_t, pair->off_n);
                 if (pair->is_sum) lane_add(S, IN(B, ps_lane, cell->off_sum), pair->j_sum, x, 0);
                 if (pair->is_squares)
                     lane_add(S, IN(B, ps_lane, cell->off_squares), pair->j_squares, ps_term_squared(x), 0);
@@ -1103,7 +1179,7 @@ no_memory:
 /* ---- read ------------------------------------------------------------------------------------------------------ */
 
 /* The winner over the matching events from a place on, up to time right. */
-static winner_t scan_winner(const ps_store *S, const cell_t *cell, int is_min, ref_t chunk, uint32_t index,
+OFF_PATH static winner_t scan_winner(const ps_store *S, const cell_t *cell, int is_min, ref_t chunk, uint32_t index,
                             int64_t right) {
     winner_t best = {(uint64_t)INT64_MIN, NO_TIME};
     int summary = is_min ? cell->min_summary : cell->max_summary;
@@ -1127,12 +1203,58 @@ static winner_t scan_winner(const ps_store *S, const cell_t *cell, int is_min, r
     return best;
 }
 
-static winner_t extreme(ps_store *S, blob_t *B, const pair_t *pair, int is_min, int64_t left, int64_t right) {
+/* The same from a tail to the end, with the way over full chunks remembered in the tail's chunk. */
+OFF_PATH static winner_t scan_tail(ps_store *S, const blob_t *B, const cell_t *cell, int is_min, const tail_t *tail) {
+    winner_t best = {(uint64_t)INT64_MIN, NO_TIME};
+    int summary = is_min ? cell->min_summary : cell->max_summary;
+    ref_t chunk = tail->chunk;
+    uint32_t index = tail->index;
+    if (!chunk) return best;
+    chunk_t *c = AT(S, chunk_t, chunk);
+    if (!c->next) return scan_winner(S, cell, is_min, chunk, index, INT64_MAX);
+    for (; index < c->count; index++) {
+        const uint64_t *rec = record_at(S, c, index);
+        if (!matches(S, cell, rec)) continue;
+        int64_t key = ordered(cell, rec[cell->slot]);
+        improve(&best, is_min ? ~key : key, (int64_t)rec[0]);
+    }
+    rest_t *rest = &rest_of(S, c)[summary];
+    if (!rest->until || rest->stamp != B->late_stamp)
+        *rest = (rest_t){{(uint64_t)INT64_MIN, NO_TIME}, 0, B->late_stamp};
+    for (;;) {
+        ref_t next = AT(S, chunk_t, rest->until ? rest->until : chunk)->next;
+        chunk_t *d = AT(S, chunk_t, next);
+        if (!next || !d->sealed) break;
+        const winner_t *w = &summary_of(d)[summary];
+        if (w->time != NO_TIME) improve(&rest->winner, (int64_t)w->bits, w->time);
+        rest->until = next;
+    }
+    if (rest->winner.time != NO_TIME) improve(&best, (int64_t)rest->winner.bits, rest->winner.time);
+    winner_t tip = scan_winner(S, cell, is_min, AT(S, chunk_t, rest->until ? rest->until : chunk)->next, 0, INT64_MAX);
+    if (tip.time != NO_TIME) improve(&best, (int64_t)tip.bits, tip.time);
+    return best;
+}
+
+OFF_PATH static winner_t extreme(ps_store *S, blob_t *B, const pair_t *pair, int is_min, int64_t left, int64_t right) {
     const cell_t *cell = &S->cells[pair->cell];
     winner_t *w = IN(B, winner_t, is_min ? pair->off_min : pair->off_max);
     tail_t *tail = tails_of(S, B) + (pair->tail < 0 ? 0 : pair->tail);
-    if (UNLIKELY(w->time < left)) /* it has left the window; only finite windows come here */
-        *w = scan_winner(S, cell, is_min, tail->chunk, tail->index, INT64_MAX);
+    if (UNLIKELY(w->time < left)) { /* it has left the window; only finite windows come here */
+        chunk_t *c = AT(S, chunk_t, tail->chunk);
+        if (LIKELY(cell->is_float && !cell->where_mask && !c->next)) { /* few events, or the newest ones */
+            winner_t best = {(uint64_t)INT64_MIN, NO_TIME};
+            const uint64_t *rec = record_at(S, c, tail->index);
+            for (uint32_t i = tail->index; i < c->count; i++, rec += S->stride) {
+                uint64_t bits = rec[cell->slot];
+                if (is_nan(bits)) continue;
+                int64_t key = (int64_t)(bits ^ ((uint64_t)((int64_t)bits >> 63) >> 1));
+                improve(&best, is_min ? ~key : key, (int64_t)rec[0]);
+            }
+            *w = best;
+        } else {
+            *w = scan_tail(S, B, cell, is_min, tail);
+        }
+    }
     if (LIKELY(w->time <= right)) return *w;
     if (pair->tail >= 0) return scan_winner(S, cell, is_min, tail->chunk, tail->index, right);
     winner_t best = scan_winner(S, cell, is_min, B->first, 0, right);
@@ -1142,7 +1264,7 @@ static winner_t extreme(ps_store *S, blob_t *B, const pair_t *pair, int is_min, 
 }
 
 /* There is a matching event in the window. */
-static winner_t first_in(ps_store *S, blob_t *B, const pair_t *pair, int64_t left) {
+OFF_PATH static winner_t first_in(ps_store *S, blob_t *B, const pair_t *pair, int64_t left) {
     winner_t *w = IN(B, winner_t, pair->off_first);
     if (LIKELY(w->time >= left)) return *w;
     const cell_t *cell = &S->cells[pair->cell];
@@ -1161,7 +1283,7 @@ static winner_t first_in(ps_store *S, blob_t *B, const pair_t *pair, int64_t lef
     return *w;
 }
 
-static winner_t last_in(ps_store *S, blob_t *B, const cell_t *cell, int64_t right) {
+OFF_PATH static winner_t last_in(ps_store *S, blob_t *B, const cell_t *cell, int64_t right) {
     winner_t *w = IN(B, winner_t, cell->off_last);
     if (LIKELY(w->time <= right)) return *w;
     for (ref_t ref = B->last; ref;) {
@@ -1176,7 +1298,7 @@ static winner_t last_in(ps_store *S, blob_t *B, const cell_t *cell, int64_t righ
 }
 
 /* Adds up, per cell, what lies after the right edge. */
-static void gather_after(ps_store *S, blob_t *B, int64_t right, after_t *after) {
+OFF_PATH static void gather_after(ps_store *S, blob_t *B, int64_t right, after_t *after) {
     for (uint32_t i = 0; i < S->n_cells; i++) {
         const cell_t *cell = &S->cells[i];
         after[i].n = 0;
@@ -1206,7 +1328,8 @@ static void gather_after(ps_store *S, blob_t *B, int64_t right, after_t *after) 
 }
 
 /* Number of distinct values with the events after `right` taken out and the extra value put in; leaves no trace. */
-static uint32_t distinct_at(ps_store *S, blob_t *B, const pair_t *pair, int64_t right, int has_extra, uint64_t extra) {
+OFF_PATH static uint32_t distinct_at(ps_store *S, blob_t *B, const pair_t *pair, int64_t right, int has_extra,
+                                     uint64_t extra) {
     const cell_t *cell = &S->cells[pair->cell];
     values_t *values = IN(B, values_t, cell->off_values);
     uint32_t distinct = *IN(B, uint32_t, pair->off_distinct);
@@ -1244,8 +1367,8 @@ static uint32_t distinct_at(ps_store *S, blob_t *B, const pair_t *pair, int64_t 
 }
 
 /* total - evicted - after + extra, exactly. */
-static void window_sum(ps_store *S, ps_lane *lane, int j, int square, const uint64_t *after, const ps_term *extra,
-                       ps_big *out) {
+OFF_PATH static void window_sum(ps_store *S, ps_lane *lane, int j, int square, const uint64_t *after,
+                                const ps_term *extra, ps_big *out) {
     int limbs = lane->limbs;
     if (extra && !extra->magnitude) extra = NULL;
     if (!limbs) {
@@ -1299,6 +1422,14 @@ static inline void put_null(ps_slot *slot, uint8_t *status, int type, int why) {
     *status = (uint8_t)why;
 }
 
+OFF_PATH static double wide_sum(ps_store *S, ps_lane *lane, int j) {
+    ps_big big;
+    uint64_t kept;
+    int dropped;
+    window_sum(S, lane, j, 0, NULL, NULL, &big);
+    return ps_big_round(&big, 0, &kept, &dropped);
+}
+
 /* A step of count, sum, mean, min and max over a float64 column (or events), with nothing after the right edge. */
 static inline void read_plain(ps_store *S, blob_t *B, const step_t *step, int64_t T, int unknown, ps_slot *out,
                               uint8_t *status) {
@@ -1324,11 +1455,7 @@ static inline void read_plain(ps_store *S, blob_t *B, const step_t *step, int64_
                 }
                 sum = ps_i128_round(v, lane->base);
             } else {
-                ps_big big;
-                uint64_t kept;
-                int dropped;
-                window_sum(S, lane, step->j_sum, 0, NULL, NULL, &big);
-                sum = ps_big_round(&big, 0, &kept, &dropped);
+                sum = wide_sum(S, lane, step->j_sum);
             }
             mean = sum / (double)(int64_t)n;
         }
@@ -1342,22 +1469,190 @@ static inline void read_plain(ps_store *S, blob_t *B, const step_t *step, int64_
         }
     }
     if (step->max < 0 && step->min < 0) return;
-    const pair_t *pair = &S->pairs[step->pair];
-    int64_t left = pair->tail < 0 ? NO_TIME : T - S->edge[pair->tail];
-    for (int is_min = 0; is_min < 2; is_min++) {
-        int at = is_min ? step->min : step->max;
-        if (at < 0) continue;
-        uint64_t bits = 0x7ff8000000000000ULL;
-        if (LIKELY(n != 0)) {
-            const winner_t *w = IN(B, winner_t, is_min ? pair->off_min : pair->off_max);
-            int64_t key = (int64_t)w->bits;
-            if (UNLIKELY(w->time < left)) key = (int64_t)extreme(S, B, pair, is_min, left, T).bits;
-            key = is_min ? ~key : key;
-            bits = (uint64_t)key ^ ((uint64_t)(key >> 63) >> 1);
-        }
-        out[at].u = bits;
-        status[at] = (uint8_t)status_now;
+    int64_t left = T - step->edge;
+    if (step->max >= 0) {
+        const winner_t *w = IN(B, winner_t, step->off_max);
+        int64_t key = (int64_t)w->bits;
+        if (UNLIKELY(w->time < left) && n) key = (int64_t)extreme(S, B, &S->pairs[step->pair], 0, left, T).bits;
+        out[step->max].u = n ? (uint64_t)key ^ ((uint64_t)(key >> 63) >> 1) : 0x7ff8000000000000ULL;
+        status[step->max] = (uint8_t)status_now;
     }
+    if (step->min >= 0) {
+        const winner_t *w = IN(B, winner_t, step->off_min);
+        int64_t key = (int64_t)w->bits;
+        if (UNLIKELY(w->time < left) && n) key = (int64_t)extreme(S, B, &S->pairs[step->pair], 1, left, T).bits;
+        key = ~key;
+        out[step->min].u = n ? (uint64_t)key ^ ((uint64_t)(key >> 63) >> 1) : 0x7ff8000000000000ULL;
+        status[step->min] = (uint8_t)status_now;
+    }
+}
+
+/* Any step, at any T, with or without a request event. */
+OFF_PATH static int read_step(ps_store *S, blob_t *B, const step_t *step, int64_t T, const ps_event *extra, int unknown,
+                              int *gathered, ps_slot *out, uint8_t *status, ps_arena *strings) {
+    const pair_t *pair = &S->pairs[step->pair];
+    const cell_t *cell = &S->cells[pair->cell];
+    int64_t right = T - step->right, left = pair->tail < 0 ? NO_TIME : T - S->edge[pair->tail];
+    uint64_t n = *IN(B, uint64_t, cell->off_n);
+    if (pair->tail >= 0) n = (uint32_t)n - *IN(B, uint32_t, pair->off_n);
+    const after_t *after = NULL;
+    if (UNLIKELY(B->newest > right)) {
+        if (!(*gathered & (1 << step->right))) {
+            gather_after(S, B, right, S->after[step->right]);
+            *gathered |= 1 << step->right;
+        }
+        after = &S->after[step->right][pair->cell];
+        n = pair->tail >= 0 ? (uint32_t)(n - after->n) : n - after->n;
+    }
+    uint64_t stored = n;
+    int has_extra = UNLIKELY(extra != NULL) && extra->event_time >= left && extra->event_time <= right
+                 && matches(S, cell, S->extra);
+    n += (uint64_t)has_extra;
+    ps_term term = {0, 0, 0};
+    if (has_extra && cell->column >= 0) term = term_of(cell, S->extra[cell->slot]);
+
+    int have_sum = 0, have_var = 0;
+    int sum_is_exact = 1; /* an int64 */
+    int64_t int_sum = 0;
+    double sum = 0.0, var = 0.0;
+    for (uint32_t r = step->first_result; r < step->first_result + step->n_results; r++) {
+        const result_t *res = &S->results[r];
+        ps_slot *slot = &out[res->out];
+        uint8_t *st = &status[res->out];
+        if (res->function <= PS_COUNT_COLUMN) {
+            slot->i = (int64_t)n;
+            *st = PS_PRESENT;
+            continue;
+        }
+        if (res->function == PS_DISTINCT_COUNT) {
+            if (n == 0) slot->i = 0;
+            else if (LIKELY(!has_extra && !after)) slot->i = *IN(B, uint32_t, pair->off_distinct);
+            else
+                slot->i = distinct_at(S, B, pair, right, has_extra,
+                                      has_extra ? value_key(cell, S->extra[cell->slot]) : 0);
+            *st = PS_PRESENT;
+            continue;
+        }
+        if (n == 0) {
+            put_null(slot, st, res->type, unknown);
+            continue;
+        }
+        *st = PS_PRESENT;
+        switch (res->function) {
+        case PS_SUM:
+        case PS_MEAN:
+            if (!have_sum) {
+                ps_lane *lane = IN(B, ps_lane, cell->off_sum);
+                have_sum = 1;
+                if (LIKELY(lane->limbs == 2 && !has_extra)) {
+                    const uint64_t *data = (const uint64_t *)(lane + 1);
+                    ps_i128 v, w;
+                    memcpy(&v, data, 16);
+                    if (pair->j_sum) {
+                        memcpy(&w, data + 2 * pair->j_sum, 16);
+                        v -= w;
+                    }
+                    if (after) {
+                        memcpy(&w, after->sum, 16);
+                        v -= w;
+                    }
+                    if (!cell->is_float) {
+                        int_sum = (int64_t)v;
+                        sum_is_exact = v == int_sum;
+                    }
+                    sum = ps_i128_round(v, lane->base);
+                } else {
+                    ps_big big;
+                    uint64_t kept;
+                    int dropped;
+                    window_sum(S, lane, pair->j_sum, 0, after ? after->sum : NULL, has_extra ? &term : NULL, &big);
+                    if (!cell->is_float && big.top >= 0) {
+                        uint64_t m = ps_big_bits(&big, -big.base); /* base <= 0 */
+                        int top = big.top + big.base;
+                        sum_is_exact = top < 63 || (top == 63 && big.negative && m == (uint64_t)1 << 63);
+                        int_sum = (int64_t)(big.negative ? 0 - m : m);
+                    }
+                    sum = ps_big_round(&big, 0, &kept, &dropped);
+                }
+            }
+            if (res->function == PS_MEAN) {
+                slot->f = sum / (double)n;
+            } else if (cell->is_float) {
+                slot->f = sum;
+            } else if (sum_is_exact) {
+                slot->i = int_sum;
+            } else {
+                slot->f = sum;
+                *st = PS_PRESENT | PS_WIDE;
+            }
+            break;
+        case PS_MIN:
+        case PS_MAX: {
+            int is_min = res->function == PS_MIN;
+            winner_t w = {(uint64_t)INT64_MIN, NO_TIME};
+            if (stored) w = extreme(S, B, pair, is_min, left, right);
+            if (has_extra) {
+                int64_t key = ordered(cell, S->extra[cell->slot]);
+                improve(&w, is_min ? ~key : key, extra->event_time);
+            }
+            int64_t key = is_min ? ~(int64_t)w.bits : (int64_t)w.bits;
+            slot->u = (uint64_t)ordered(cell, (uint64_t)key);
+            break;
+        }
+        case PS_VAR_SAMP:
+        case PS_VAR_POP:
+        case PS_STDDEV_SAMP:
+        case PS_STDDEV_POP: {
+            int samp = res->function == PS_VAR_SAMP || res->function == PS_STDDEV_SAMP;
+            if (samp && n < 2) {
+                put_null(slot, st, res->type, PS_NULL_VALUE);
+                break;
+            }
+            if (!(have_var & (1 << samp))) {
+                ps_big sx, sxx;
+                ps_term square = ps_term_squared(term);
+                window_sum(S, IN(B, ps_lane, cell->off_sum), pair->j_sum, 0, after ? after->sum : NULL,
+                           has_extra ? &term : NULL, &sx);
+                window_sum(S, IN(B, ps_lane, cell->off_squares), pair->j_squares, 1, after ? after->squares : NULL,
+                           has_extra ? &square : NULL, &sxx);
+                var = ps_variance(&sx, &sxx, (double)n, (double)(n - (uint64_t)samp));
+                have_var = 1 << samp;
+            }
+            slot->f = res->function >= PS_STDDEV_SAMP ? sqrt(var) : var;
+            break;
+        }
+        case PS_FIRST:
+        case PS_LAST: {
+            winner_t w = {0, NO_TIME};
+            int from_extra = has_extra;
+            if (stored) {
+                w = res->function == PS_FIRST ? first_in(S, B, pair, left) : last_in(S, B, cell, right);
+                if (has_extra)
+                    from_extra = (res->function == PS_FIRST) == (extra->event_time < w.time);
+            }
+            if (from_extra) w = (winner_t){S->extra[cell->slot], extra->event_time};
+            if (res->ttl >= 0 && T - w.time > res->ttl) {
+                put_null(slot, st, res->type, PS_OUTSIDE_MAX_AGE);
+            } else if (!cell->is_string) {
+                slot->u = w.bits;
+            } else {
+                const char *p;
+                uint32_t len;
+                if (from_extra) {
+                    p = extra->arena + PS_STR_OFFSET(extra->values[cell->column].u);
+                    len = PS_STR_LENGTH(extra->values[cell->column].u);
+                } else {
+                    const string_t *str = AT(S, string_t, (ref_t)w.bits);
+                    p = str->bytes;
+                    len = str->length;
+                }
+                if (!strings || !arena_append(strings, p, len, &slot->u)) return PS_STORE_MEMORY;
+            }
+            break;
+        }
+        }
+    }
+    return PS_STORE_OK;
 }
 
 static int store_read(ps_store *S, ps_handle h, uint32_t group, int64_t T, const ps_event *extra, ps_slot *out,
@@ -1372,174 +1667,22 @@ static int store_read(ps_store *S, ps_handle h, uint32_t group, int64_t T, const
     }
     seek(S, B, T);
     int gathered = 0, plain = extra == NULL && B->newest < T + (S->any_left_closed ^ 1);
+    if (LIKELY(plain))
+        for (uint32_t i = S->count_start[group]; i < S->count_start[group + 1]; i++) {
+            const count_t *c = &S->counts[i];
+            uint64_t n = *IN(B, uint64_t, c->off_total);
+            if (LIKELY(c->off_n)) n = (uint32_t)n - *IN(B, uint32_t, c->off_n);
+            out[c->out].i = (int64_t)n;
+            status[c->out] = PS_PRESENT;
+        }
     for (uint32_t s = S->group_start[group]; s < S->group_start[group + 1]; s++) {
         const step_t *step = &S->steps[s];
         if (LIKELY(step->plain & plain)) {
-            read_plain(S, B, step, T, unknown, out, status);
+            if (!step->only_counts) read_plain(S, B, step, T, unknown, out, status);
             continue;
         }
-        const pair_t *pair = &S->pairs[step->pair];
-        const cell_t *cell = &S->cells[pair->cell];
-        int64_t right = T - step->right, left = pair->tail < 0 ? NO_TIME : T - S->edge[pair->tail];
-        uint64_t n = *IN(B, uint64_t, cell->off_n);
-        if (pair->tail >= 0) n = (uint32_t)n - *IN(B, uint32_t, pair->off_n);
-        const after_t *after = NULL;
-        if (UNLIKELY(B->newest > right)) {
-            if (!(gathered & (1 << step->right))) {
-                gather_after(S, B, right, S->after[step->right]);
-                gathered |= 1 << step->right;
-            }
-            after = &S->after[step->right][pair->cell];
-            n = pair->tail >= 0 ? (uint32_t)(n - after->n) : n - after->n;
-        }
-        uint64_t stored = n;
-        int has_extra = UNLIKELY(extra != NULL) && extra->event_time >= left && extra->event_time <= right
-                     && matches(S, cell, S->extra);
-        n += (uint64_t)has_extra;
-        ps_term term = {0, 0, 0};
-        if (has_extra && cell->column >= 0) term = term_of(cell, S->extra[cell->slot]);
-
-        int have_sum = 0, have_var = 0;
-        int sum_is_exact = 1; /* an int64 */
-        int64_t int_sum = 0;
-        double sum = 0.0, var = 0.0;
-        for (uint32_t r = step->first_result; r < step->first_result + step->n_results; r++) {
-            const result_t *res = &S->results[r];
-            ps_slot *slot = &out[res->out];
-            uint8_t *st = &status[res->out];
-            if (res->function <= PS_COUNT_COLUMN) {
-                slot->i = (int64_t)n;
-                *st = PS_PRESENT;
-                continue;
-            }
-            if (res->function == PS_DISTINCT_COUNT) {
-                if (n == 0) slot->i = 0;
-                else if (LIKELY(!has_extra && !after)) slot->i = *IN(B, uint32_t, pair->off_distinct);
-                else
-                    slot->i = distinct_at(S, B, pair, right, has_extra,
-                                          has_extra ? value_key(cell, S->extra[cell->slot]) : 0);
-                *st = PS_PRESENT;
-                continue;
-            }
-            if (n == 0) {
-                put_null(slot, st, res->type, unknown);
-                continue;
-            }
-            *st = PS_PRESENT;
-            switch (res->function) {
-            case PS_SUM:
-            case PS_MEAN:
-                if (!have_sum) {
-                    ps_lane *lane = IN(B, ps_lane, cell->off_sum);
-                    have_sum = 1;
-                    if (LIKELY(lane->limbs == 2 && !has_extra)) {
-                        const uint64_t *data = (const uint64_t *)(lane + 1);
-                        ps_i128 v, w;
-                        memcpy(&v, data, 16);
-                        if (pair->j_sum) {
-                            memcpy(&w, data + 2 * pair->j_sum, 16);
-                            v -= w;
-                        }
-                        if (after) {
-                            memcpy(&w, after->sum, 16);
-                            v -= w;
-                        }
-                        if (!cell->is_float) {
-                            int_sum = (int64_t)v;
-                            sum_is_exact = v == int_sum;
-                        }
-                        sum = ps_i128_round(v, lane->base);
-                    } else {
-                        ps_big big;
-                        uint64_t kept;
-                        int dropped;
-                        window_sum(S, lane, pair->j_sum, 0, after ? after->sum : NULL, has_extra ? &term : NULL, &big);
-                        if (!cell->is_float && big.top >= 0) {
-                            uint64_t m = ps_big_bits(&big, -big.base); /* base <= 0 */
-                            int top = big.top + big.base;
-                            sum_is_exact = top < 63 || (top == 63 && big.negative && m == (uint64_t)1 << 63);
-                            int_sum = (int64_t)(big.negative ? 0 - m : m);
-                        }
-                        sum = ps_big_round(&big, 0, &kept, &dropped);
-                    }
-                }
-                if (res->function == PS_MEAN) {
-                    slot->f = sum / (double)n;
-                } else if (cell->is_float) {
-                    slot->f = sum;
-                } else if (sum_is_exact) {
-                    slot->i = int_sum;
-                } else {
-                    slot->f = sum;
-                    *st = PS_PRESENT | PS_WIDE;
-                }
-                break;
-            case PS_MIN:
-            case PS_MAX: {
-                int is_min = res->function == PS_MIN;
-                winner_t w = {(uint64_t)INT64_MIN, NO_TIME};
-                if (stored) w = extreme(S, B, pair, is_min, left, right);
-                if (has_extra) {
-                    int64_t key = ordered(cell, S->extra[cell->slot]);
-                    improve(&w, is_min ? ~key : key, extra->event_time);
-                }
-                int64_t key = is_min ? ~(int64_t)w.bits : (int64_t)w.bits;
-                slot->u = (uint64_t)ordered(cell, (uint64_t)key);
-                break;
-            }
-            case PS_VAR_SAMP:
-            case PS_VAR_POP:
-            case PS_STDDEV_SAMP:
-            case PS_STDDEV_POP: {
-                int samp = res->function == PS_VAR_SAMP || res->function == PS_STDDEV_SAMP;
-                if (samp && n < 2) {
-                    put_null(slot, st, res->type, PS_NULL_VALUE);
-                    break;
-                }
-                if (!(have_var & (1 << samp))) {
-                    ps_big sx, sxx;
-                    ps_term square = ps_term_squared(term);
-                    window_sum(S, IN(B, ps_lane, cell->off_sum), pair->j_sum, 0, after ? after->sum : NULL,
-                               has_extra ? &term : NULL, &sx);
-                    window_sum(S, IN(B, ps_lane, cell->off_squares), pair->j_squares, 1, after ? after->squares : NULL,
-                               has_extra ? &square : NULL, &sxx);
-                    var = ps_variance(&sx, &sxx, (double)n, (double)(n - (uint64_t)samp));
-                    have_var = 1 << samp;
-                }
-                slot->f = res->function >= PS_STDDEV_SAMP ? sqrt(var) : var;
-                break;
-            }
-            case PS_FIRST:
-            case PS_LAST: {
-                winner_t w = {0, NO_TIME};
-                int from_extra = has_extra;
-                if (stored) {
-                    w = res->function == PS_FIRST ? first_in(S, B, pair, left) : last_in(S, B, cell, right);
-                    if (has_extra)
-                        from_extra = (res->function == PS_FIRST) == (extra->event_time < w.time);
-                }
-                if (from_extra) w = (winner_t){S->extra[cell->slot], extra->event_time};
-                if (res->ttl >= 0 && T - w.time > res->ttl) {
-                    put_null(slot, st, res->type, PS_OUTSIDE_MAX_AGE);
-                } else if (!cell->is_string) {
-                    slot->u = w.bits;
-                } else {
-                    const char *p;
-                    uint32_t len;
-                    if (from_extra) {
-                        p = extra->arena + PS_STR_OFFSET(extra->values[cell->column].u);
-                        len = PS_STR_LENGTH(extra->values[cell->column].u);
-                    } else {
-                        const string_t *str = AT(S, string_t, (ref_t)w.bits);
-                        p = str->bytes;
-                        len = str->length;
-                    }
-                    if (!strings || !arena_append(strings, p, len, &slot->u)) return PS_STORE_MEMORY;
-                }
-                break;
-            }
-            }
-        }
+        int error = read_step(S, B, step, T, extra, unknown, &gathered, out, status, strings);
+        if (error) return error;
     }
     return PS_STORE_OK;
 }
@@ -1571,7 +1714,12 @@ static ps_handle store_find(ps_store *S, const ps_key *key, uint64_t hash) {
     uint32_t held = bucket->hash;
     for (;;) {
         const blob_t *B = AT(S, blob_t, ref);
-        if (held == (uint32_t)hash && key_equal(S, B, key)) return (ps_handle)ref * UNIT;
+        if (held == (uint32_t)hash && key_equal(S, B, key)) {
+            const char *tip = AT(S, char, B->last); /* the next event goes here, or not far */
+            __builtin_prefetch(tip);
+            __builtin_prefetch(tip + 64);
+            return (ps_handle)ref * UNIT;
+        }
         ref = B->node.next;
         if (!ref) return 0;
         held = AT(S, node_t, ref)->hash;
@@ -1790,6 +1938,9 @@ static void specialize(ps_store *S, uint32_t n_steps) {
         step->off_total = cell->off_n;
         step->off_n = pair->off_n;
         step->j_sum = pair->j_sum;
+        step->off_min = pair->off_min;
+        step->off_max = pair->off_max;
+        step->edge = pair->tail < 0 ? PS_TIME_MAX * 2 : S->edge[pair->tail];
         for (uint32_t r = step->first_result; r < step->first_result + step->n_results; r++) {
             const result_t *res = &S->results[r];
             int *place = NULL;
@@ -1805,6 +1956,7 @@ static void specialize(ps_store *S, uint32_t n_steps) {
             else *place = (int)res->out;
         }
         if (step->sum >= 0 || step->mean >= 0) step->off_sum = cell->off_sum;
+        step->only_counts = step->plain && step->count >= 0 && step->n_results == 1;
     }
 }
 
@@ -1822,10 +1974,13 @@ static int compile(ps_store *S, const ps_layout *L) {
     S->tail_start = calloc(n + 2, sizeof(int));
     S->steps = calloc(n + 1, sizeof(step_t));
     S->group_start = calloc(L->n_groups + 1, sizeof(uint32_t));
+    S->counts = calloc(n + 1, sizeof(count_t));
+    S->count_start = calloc(L->n_groups + 1, sizeof(uint32_t));
     S->results = calloc(n + 1, sizeof(result_t));
     int *pair_of = calloc(n + 1, sizeof(int));
     if (!S->columns || !S->null_bit || !S->edge || !S->cells || !S->pairs || !S->cell_pairs || !S->evicts
-        || !S->plain_winners        || !S->tail_start || !S->steps || !S->group_start || !S->results || !pair_of) {
+        || !S->counts || !S->count_start || !S->plain_winners || !S->tail_start || !S->steps || !S->group_start
+        || !S->results || !pair_of) {
         free(pair_of);
         return PS_STORE_MEMORY;
     }
@@ -1891,6 +2046,7 @@ static int compile(ps_store *S, const ps_layout *L) {
             S->n_pairs++;
             pair->cell = (int)c;
             pair->tail = tail;
+            pair->is_passed = tail >= 0 && o->column < 0 && o->where < 0;
         }
         pair_of[i] = (int)p;
         int sums = o->function == PS_SUM || o->function == PS_MEAN || has_squares(o->function);
@@ -1933,7 +2089,7 @@ static int compile(ps_store *S, const ps_layout *L) {
     for (uint32_t k = 0; k < S->n_tails; k++) {
         S->tail_start[k] = filled;
         for (uint32_t p = 0; p < S->n_pairs; p++)
-            if (S->pairs[p].tail == (int)k) S->evicts[filled++].pair = (int)p;
+            if (S->pairs[p].tail == (int)k && !S->pairs[p].is_passed) S->evicts[filled++].pair = (int)p;
     }
     S->tail_start[S->n_tails] = filled;
 
@@ -1970,7 +2126,7 @@ static int compile(ps_store *S, const ps_layout *L) {
         for (int q = 0; q < cell->n_pairs; q++) {
             pair_t *pair = &S->pairs[S->cell_pairs[cell->first_pair + q]];
             if (pair->tail < 0) continue;
-            finite++;
+            finite += !pair->is_passed;
             if (pair->is_sum) pair->j_sum = cell->n_sums++;
             if (pair->is_squares) pair->j_squares = cell->n_squares++;
             if (pair->is_distinct) pair->j_inside = cell->n_inside++;
@@ -1980,7 +2136,9 @@ static int compile(ps_store *S, const ps_layout *L) {
         if (cell->is_sum) TAKE(cell->off_sum, 8 + cell->n_sums * 8 * PS_SUM_INLINE);
         for (int q = 0; q < cell->n_pairs; q++) {
             pair_t *pair = &S->pairs[S->cell_pairs[cell->first_pair + q]];
-            if (pair->tail >= 0) {
+            if (pair->is_passed) {
+                pair->off_n = S->off_tails + (uint32_t)pair->tail * sizeof(tail_t) + offsetof(tail_t, passed);
+            } else if (pair->tail >= 0) {
                 pair->off_n = next_n;
                 next_n += 4;
             }
@@ -2007,6 +2165,14 @@ static int compile(ps_store *S, const ps_layout *L) {
 #undef TAKE
     S->event_work |= S->has_strings;
     specialize(S, n_steps);
+    filled = 0;
+    for (uint32_t g = 0; g < S->n_groups; g++) {
+        S->count_start[g] = (uint32_t)filled;
+        for (uint32_t s = S->group_start[g]; s < S->group_start[g + 1]; s++)
+            if (S->steps[s].only_counts)
+                S->counts[filled++] = (count_t){S->steps[s].off_total, S->steps[s].off_n, (uint32_t)S->steps[s].count};
+    }
+    S->count_start[S->n_groups] = (uint32_t)filled;
     if (off > (1u << 24) || S->n_summaries > 1024) return PS_STORE_LAYOUT_SIZE;
     S->blob_units = units_of(off);
     size_class(S->blob_units, &S->blob_units);
@@ -2044,7 +2210,7 @@ static int compile(ps_store *S, const ps_layout *L) {
     uint64_t record = (uint64_t)S->stride * 8, first = sizeof(chunk_t) + 2 * record;
     if (first < 80) first = 80;
     S->first_chunk_units = units_of(first);
-    uint64_t full = sizeof(chunk_t) + (uint64_t)S->n_summaries * sizeof(winner_t) + record * 16;
+    uint64_t full = sizeof(chunk_t) + summary_bytes(S) + record * 16;
     S->full_chunk_units = units_of(full > CHUNK_BYTES ? full : CHUNK_BYTES);
     return PS_STORE_OK;
 }
@@ -2080,6 +2246,8 @@ void ps_store_free(ps_store *S) {
     free(S->cell_pairs);
     free(S->evicts);
     free(S->plain_winners);
+    free(S->counts);
+    free(S->count_start);
     free(S->tail_start);
     free(S->steps);
     free(S->group_start);

@@ -16,10 +16,13 @@
  * one summary per chunk between. A read at a T before the newest event walks the events after T. A late event is
  * inserted into its chunk. Reads allocate nothing in the mapping and cannot fail half-way.
  *
- * Memory (tested): an entity costs 112 bytes of header with a key of up to 24 bytes, 16 per tail, 8 + 4 per tail for
- * each cell, 8 + 16 x (1 + tails) per sum lane (8 + 32 x (1 + tails) for squares), 16 per min, max or first pair and
- * per cell with last; 16 bytes of table; and a first chunk of at least 2 events. An event costs 8 bytes plus 8 per
- * column, 8 more with any where=, 8 more with any integer, bool or timestamp column. Chunks double up to 4 KiB.
+ * Memory (tested): an entity costs 120 bytes of header with a key of up to 24 bytes, 24 per tail, 8 + 4 per tail for
+ * each cell (8 for count() without where), 8 + 16 x (1 + tails) per sum lane (8 + 32 x (1 + tails) for squares), 16
+ * per min, max or first pair and per cell with last; 16 to 32 bytes of table; and a first chunk of at least 2 events
+ * and 80 bytes: 1m/1h/24h x count/sum/mean/max on one column is 352 + 80 + 16 to 32. An event costs 8 bytes plus 8 per
+ * column, 8 more with any where=, 8 more with any integer, bool or timestamp column; chunks double up to 4 KiB. An
+ * exact distinct_count keeps 16 + 4 per tail bytes per value at most 3/4 full; with Lifetime it keeps every value for
+ * ever.
  */
 #ifndef PENSTOCK_WINDOW_STATE_H
 #define PENSTOCK_WINDOW_STATE_H
