@@ -114,6 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [n for n in names if n not in GROUPS]:
         parser.error(f"--only: no such group: {', '.join(unknown)} (have {', '.join(GROUPS)})")
     print(machine())
+    if os.getloadavg()[0] > 0.7:
+        print(f"the machine is busy (load {os.getloadavg()[0]:.1f}): expect slower times and long tails")
     all_rows: list[dict[str, Any]] = []
     begin = time.perf_counter()
     for i, name in enumerate(names, 1):

@@ -96,6 +96,20 @@ class Ours:
                 raise RuntimeError(f"labels were refused: {status} {answer[:300]!r}")
         self.label_until = end
 
+    def check(self) -> None:
+        """What was timed must be right: nearly all events in time order and applied, both arms and models in use."""
+        _, text = answer_of(self.port, "GET", "/metrics", None)
+        counts = dict(line.rsplit(" ", 1) for line in text.decode().splitlines() if line and line[0] != "#")
+        outcome = 'penstock_events_total{{event="Transaction",outcome="{}"}}'.format
+        applied = float(counts[outcome("applied")])
+        others = sum(float(counts[outcome(o)]) for o in ("late", "duplicate", "quarantined"))
+        if others > 0.01 * applied:
+            raise RuntimeError(f"{others:.0f} of {applied + others:.0f} events were not applied")
+        for version in (1, 2):
+            used = float(counts[f'penstock_model_decisions_total{{pipeline="fraud",model="fraud_trees@{version}"}}'])
+            if used < 0.3 * applied:
+                raise RuntimeError(f"fraud_trees@{version} decided {used:.0f} of {applied:.0f} events, expected half")
+
     def load(self, **options: Any) -> dict[str, Any]:
         result = run_load(
             self.port,
@@ -244,6 +258,7 @@ def run() -> list[dict[str, Any]]:
         with Ours() as ours:
             note(f"warming up for {WARM_S:.0f} s")
             length = round(ours.load(duration=WARM_S)["response_bytes_mean"])
+            ours.check()
             ours.ingest_labels()
             port = free_port()
             with floor_server(port, length) as floor:
@@ -262,9 +277,11 @@ def run() -> list[dict[str, Any]]:
                     piece(names[1:2], lambda: [error_row(names[1], "the maximum rate is not known", COMMAND)])
             note("FastAPI + ONNX Runtime")
             piece(names[2:], fastapi_rows, ours)
+            ours.check()
     except Exception as e:
         have = {r["name"] for r in rows}
-        rows += [error_row(n, f"{type(e).__name__}: {e}", COMMAND) for n in names if n not in have]
+        missing = [n for n in names if n not in have] or ["http.check"]
+        rows += [error_row(n, f"{type(e).__name__}: {e}", COMMAND) for n in missing]
     return rows
 
 
