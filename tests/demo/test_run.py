@@ -1,6 +1,7 @@
 """The demo on a small data set: replay parity, the whole command, its JSON, its exit code and its errors."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +46,11 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_command(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    served = []
+    monkeypatch.setattr("penstock.server.serve", lambda engine, **where: served.append((engine, where)))
     file = small / "out" / "figures.json"
-    args = ["--days", "40", "--no-serve", "--json", str(file)]
-    assert run.main(args) == 0
+    assert run.main(["--days", "40", "--port", "0", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())
     assert all(list(row) == ["name", "value", "unit", "floor", "ratio", "command"] for row in rows)
     figures = {row["name"]: row["value"] for row in rows}
@@ -60,15 +62,25 @@ def test_the_command(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert 0.5 < figures[f"demo.{model}.auc"] < 1
         assert 0 < figures[f"demo.{model}.ap"] < 1
         assert 0 <= figures[f"demo.{model}.cp100"] < 1
-    assert rows[0]["command"] == f"penstock demo --days 40 --no-serve --json {file}"
+    assert rows[0]["command"] == f"penstock demo --days 40 --port 0 --json {file}"
     out, err = capsys.readouterr()
     assert "not applicable" in out
-    assert "n/a" in out
     assert "WRONG" not in out
     assert "customers in both arms: 0   ok" in out
-    assert "Serving" not in out
+    assert [line.strip().split("  ")[0] for line in out.splitlines() if " onnx " in line] == ["Logistic regression"]
     assert all(c.isprintable() or c == "\n" for c in out + err)
     assert "Warning" not in err
+
+    # What is served answers the curl lines: the odd transaction is flagged, the usual one is not.
+    ((engine, where),) = served
+    assert where["port"] > 0
+    assert f"http://127.0.0.1:{where['port']}/v1/features/spend" in out
+    usual, odd = (json.loads(body) for body in re.findall(r"/v1/score/fraud\S* -d '(.*)'", out))
+    assert engine.score(usual, ingest=False).action == "approve"
+    decision = engine.score(odd, ingest=False, explain=True)
+    assert decision.action != "approve"
+    assert decision.features["spend.count_30d"] > 1
+    assert decision.features["terminal_risk.mean_fraud_7d"] > 0
 
 
 def test_a_wrong_feature_is_found_and_fails(

@@ -81,15 +81,20 @@ def all_features(data: Transactions, progress: Progress | None = None) -> tuple[
 
 def all_scores(
     past: History, models: Path, keys: Sequence[str], progress: Progress | None = None
-) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    """Every model's score of every transaction of `past`, by the model's key; and the features of the last replay."""
+) -> tuple[dict[str, Floats], dict[str, str], dict[str, Floats]]:
+    """By the model's key: its score of every transaction of `past`, and what ran it (trees, onnx).
+
+    Third, the features of the last replay.
+    """
     share = Share(progress, len(keys) * (past.transactions.num_rows + past.labels.num_rows))
-    scores = {}
+    scores, kinds = {}, {}
     for key in keys:
         engine = Engine(fraud_benchmark.app(key), models=models, clock="event")
         out = engine.replay(past.tables(), out="benchmark", progress=share)
         scores[key] = columns(out, ["score"])["score"]
-    return scores, columns(out, FEATURES)
+        (model,) = engine.models.values()
+        kinds[key] = str(model["kind"])
+    return scores, kinds, columns(out, FEATURES)
 
 
 def decisions(

@@ -194,7 +194,7 @@ def show_table(
     heading(4, "The published table, scored by the engine")
     keys = [recipe.key for recipe in training.RECIPES]
     with Progress(f"scoring {past.transactions.num_rows:,} transactions with {len(keys)} models") as progress:
-        scores, features = replays.all_scores(past, models, keys, progress)
+        scores, kinds, features = replays.all_scores(past, models, keys, progress)
     place = rows - past.first_row
     x = matrix(features, place)
     lines, outside, apart = [], [], 0.0
@@ -203,7 +203,7 @@ def show_table(
         own = trained[recipe.key].predict_proba(x)[:, 1]
         apart = max(apart, float(np.abs(score - own).max()))
         got = training.judge(data, rows, score)
-        cells = [recipe.title]
+        cells = [recipe.title, kinds[recipe.key]]
         for name, value, published in zip(got._fields, got, recipe.published, strict=True):
             figures.add(f"{recipe.key}.{name}", round(value, 6), "1")
             off = value - published
@@ -216,7 +216,7 @@ def show_table(
     fact("scores of the engine", f"{len(rows) * len(lines):,}", f"at most {apart:.0e} from the libraries' own")
     say()
     header = [column for name in ("AUC", "AP", "CP@100") for column in (name, "publ.", "diff")]
-    say(table(["model", *header], lines))
+    say(table(["model", "runtime", *header], lines))
     say()
     if not when.published:
         say(f"the published table is not applicable: its weeks need {dataset.PUBLISHED_DAYS} days")
@@ -226,7 +226,7 @@ def show_table(
         say(verdict(True, "as published") + ", within .001; the unlimited tree and the forest depend on the order of")
         say("rows inside one second, which is not published: within .005")
     say("AP: average precision. CP@100: card precision, the 100 cards with the highest scores of a day.")
-    say("publ.: the handbook's table.")
+    say("publ.: the handbook's table. trees: the tree kernel; onnx: ONNX Runtime.")
     return features
 
 
