@@ -365,7 +365,7 @@ class _Compiler:
             self.problems.append(f"{place}: defined twice")
             return
         event = self.events.get(getattr(view.source, "__name__", ""))
-        if event is None:
+        if event is None or event.type is not view.source:
             if not (isinstance(view.source, type) and issubclass(view.source, Event)):
                 self.problems.append(f"{place}: source is not an Event class, got {view.source!r}")
             return
@@ -566,7 +566,7 @@ class _PipelineCompiler:
     def compile(self) -> PipelinePlan | None:
         pipeline = self.pipeline
         event = self.app.events.get(getattr(pipeline.event, "__name__", ""))
-        if event is None:
+        if event is None or event.type is not pipeline.event:
             if not (isinstance(pipeline.event, type) and issubclass(pipeline.event, Event)):
                 self.problem(f": event is not an Event class, got {pipeline.event!r}")
             return None
