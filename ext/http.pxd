@@ -40,6 +40,9 @@ cdef class Head:
         bint     explain
 
 
+cdef class Connection
+
+
 cdef class HttpServer:
     cdef:
         dict               routes
@@ -69,11 +72,18 @@ cdef class HttpServer:
         char              *out
         size_t             out_n
         size_t             out_cap
+        size_t             out_from       # up to here the answers belong to `waiting`
+        list               waiting        # connections whose answers are formed and not sent yet, in order
+        size_t            *ends           # where the answers of each of them end in `out`
+        Py_ssize_t         ends_cap
+        object             call_soon
         char               date[48]
         size_t             date_n
 
     cdef int put(self, const char *p, size_t n) except -1
     cdef int put_bytes(self, bytes b) except -1
+    cdef int queue(self, Connection connection) except -1
+    cdef int send_all(self) except -1
     cdef Head find(self, const char *p, size_t n)
     cdef int keep(self, Head head) except -1
 
@@ -121,5 +131,5 @@ cdef class Connection:
     cdef int refuse(self, Head head, int status, str code, str message, str path, bytes extra) except -1
     cdef int refuse_for(self, Head head, object error) except -1
     cdef int hang_up(self, int status, str code, str message) except -1
-    cdef int flush(self) except -1
+    cdef int send(self, const char *p, size_t n) except -1
     cdef int finish(self) except -1

@@ -6,6 +6,8 @@ import socket
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: t\r\n\r\n"
 
@@ -200,6 +202,47 @@ def test_repeated_heads_answer_as_parsed_ones(served, wire):
             assert (running.server.head_hits > 100) == reuse
         seen.append(got)
     assert seen[0] == seen[1]
+
+
+@pytest.fixture(scope="module")
+def twins(wire):
+    """Two servers alike, but one lets llhttp judge every head; both know the same heads."""
+    with wire.Served() as reusing, wire.Served() as parsing:
+        parsing.server.reuse_heads = False
+        yield reusing, parsing
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 7), st.integers(0, 2), st.integers(-3, 3)), min_size=1, max_size=8),
+    st.lists(st.integers(0, 2000), max_size=3),
+)
+def test_repeated_heads_frame_as_llhttp_does(twins, wire, parts, cuts):
+    """Streams of whole, cut and overlong requests: the same statuses in the same order with and without llhttp."""
+    stream = b""
+    for kind, padding, error in parts:
+        body = b'{"customer":"x"}' + b" " * padding
+        head = b"POST /v1/score/fraud HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n" % (
+            len(body) + (error if kind == 7 else 0)
+        )
+        if kind == 5:
+            head += b"Connection: close\r\n"
+        elif kind == 6:
+            head = b"GET /health/live HTTP/1.1\r\nHost: t\r\n"
+            body = b""
+        stream += head + b"\r\n" + body
+    cuts = sorted(min(cut, len(stream)) for cut in cuts)
+    found = []
+    for served in twins:
+        statuses = []
+        with served.client() as client:
+            for a, b in zip([0, *cuts], [*cuts, len(stream)]):
+                client.send(stream[a:b])
+            client.socket.shutdown(socket.SHUT_WR)
+            while (answer := client.read()) is not None:
+                statuses.append((answer.status, answer.body))
+        found.append(statuses)
+    assert found[0] == found[1]
 
 
 def test_half_closed_connection_gets_its_answers(served):
