@@ -113,7 +113,8 @@ class Engine:
         table: pyarrow, polars, pandas or a dict of columns, one column per field of the event. All or nothing on bad
         input: the whole table is checked first.
         Returns a pyarrow.Table with one row per input row: id, action, score, reasons, model, model_version, one
-        `arm.<experiment>` column each, outcome; with `explain` the pipeline's features too.
+        `arm.<experiment>` column each, outcome, and one `score.<model>` for each model that scores beside; with
+        `explain` the pipeline's features too.
         """
         plan = self._named(pipeline) if pipeline is not None else self._only_pipeline()
         event = self.plan.events[plan.event]
@@ -446,7 +447,12 @@ class Engine:
         if plan is None:
             self.core.run_table(sets, order, [], -1, ingest, None, progress)
             return None
-        columns = OutColumns([plan.slots[i] for i in plan.features] if features else [], rows)
+        slots = [plan.slots[i] for i in plan.features] if features else []
+        if decisions:
+            # Models that score beside the deciding one: each its own column.
+            beside = sorted({step.slot for step in plan.models if not step.decides})
+            slots += [plan.slots[i] for i in beside]
+        columns = OutColumns(slots, rows)
         verdicts = None
         arrays: dict[str, Any] = {}
         if decisions:
