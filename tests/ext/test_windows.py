@@ -4,11 +4,14 @@ Each expectation is written out by hand; the generated comparisons are in test_w
 """
 
 import math
+import random
 import time
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
+from oracles.windows import WindowOracle
 from penstock._ext.windows import NOT_FOUND, NULL_VALUE, OUTSIDE_MAX_AGE, PRESENT, Output, WindowStore
 
 DAY = 86_400_000_000
@@ -116,8 +119,80 @@ def test_rounding_of_sums_subnormals_ties_and_overflow():
     ]
     for t, (terms, expected) in enumerate(cases):
         for term in terms:
-            store.apply("k", t, [term])
-        assert values(store, as_of=t) == [expected]
+            store.apply("one entity", t, [term])
+            store.apply(f"its own {t}", t, [term])
+        assert values(store, "one entity", t) == [expected]
+        assert values(store, f"its own {t}", t) == [expected]
+
+
+def test_narrow_sums_widen_before_their_headroom_is_used_up():
+    """2^24 terms fit a narrow sum; the count is set in the dump instead of applied one by one."""
+    fingerprint = 0x5EED_F00D_1234_5678
+    outputs = [Output(f, c, window=w) for f in ("sum", "var_pop") for c in (0, 1) for w in (20, None)]
+    store = WindowStore(["float64", "int64"], outputs, fingerprint=fingerprint)
+    oracle = WindowOracle(["float64", "int64"], outputs)
+
+    def feed(begin, end):
+        for t in range(begin, end):
+            row = [t * 0.1 - 3.0, (t % 3 - 1) * (2**63 - 1)]
+            store.apply("k", t, row)
+            oracle.apply("k", t, row)
+            assert store.read("k", 0, t) == oracle.read("k", 0, t)
+
+    feed(0, 37)
+    dump = bytearray(store.dump())
+    at = dump.find(fingerprint.to_bytes(8, "little"))
+    while int.from_bytes(dump[at - 40 : at - 32], "little") != 37:  # a blob's version lies 40 bytes before it
+        at = dump.find(fingerprint.to_bytes(8, "little"), at + 8)
+    dump[at - 40 : at - 32] = (2**24 - 5).to_bytes(8, "little")
+    store.load(dump)
+    assert store.version("k") == 2**24 - 5
+    used = store.stats().bytes_used
+    feed(37, 80)
+    assert store.version("k") == 2**24 + 38
+    assert store.stats().bytes_used > used, "the sums have moved out of the blob"
+    dump = bytearray(store.dump())
+    dump[at - 40 : at - 32] = (2**40).to_bytes(8, "little")
+    store.load(dump)
+    with pytest.raises(ValueError, match="2\\^40"):
+        store.apply("k", 80, [1.0, 1])
+
+
+def test_lifetime_at_an_older_time_remembers_what_has_left_the_ring():
+    """The extreme and the last value before T may have left the ring while a newer one after T holds the record."""
+    outputs = [Output(f, 0) for f in ("last", "max", "min", "first", "distinct_count")]
+    outputs += [Output(f, 1) for f in ("last", "first", "distinct_count")]
+    store = WindowStore(["float64", "string"], outputs, lateness=10)
+    oracle = WindowOracle(["float64", "string"], outputs)
+    for t in range(4000):
+        # extremes at 5 and in the last few events; no value at all in between but for a null now and then
+        row = [{5: 100.0, 6: -100.0, 3995: 1000.0, 3996: -1000.0}.get(t), {5: "early", 3995: "late"}.get(t)]
+        store.apply("k", t, row)
+        oracle.apply("k", t, row)
+    assert store.stats().events < 1000
+    for as_of in (3989, 3994, 3995, 3999):
+        assert store.read("k", 0, as_of) == oracle.read("k", 0, as_of)
+    assert values(store, as_of=3990)[:3] == [-100.0, 100.0, -100.0]
+
+
+def test_extremes_over_many_full_chunks_with_late_spikes():
+    """Falling values make every read look again; late spikes go into sealed chunks and split the tail's own."""
+    rng = random.Random(2)
+    window, lateness = 1500, 4000
+    store = WindowStore(
+        ["float64"], [Output("max", 0, window=window), Output("min", 0, window=3000)], lateness=lateness
+    )
+    times, amounts = np.zeros(0, dtype=np.int64), np.zeros(0)
+    for i in range(9000):
+        t, value = i, float(-i)
+        if i > 3000 and rng.random() < 0.15:
+            t = i - rng.choice([rng.randint(0, window), window - 20, window - 5, 2990])
+            value = float(-t + rng.choice([-40, 0.5, 30]))
+        store.apply("k", t, [value])
+        times, amounts = np.append(times, t), np.append(amounts, value)
+        if i > 2000 and i % 3 == 0:
+            expected = [amounts[times > i - window].max(), amounts[times > i - 3000].min()]
+            assert values(store, as_of=i) == expected
 
 
 def test_integer_sums_are_exact_and_leave_int64_as_doubles():
