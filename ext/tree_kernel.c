@@ -498,9 +498,9 @@ static size_t rows_of(size_t n_cuts, size_t n_nodes, int plain, uint32_t every) 
     return (plain && every > 1 ? n_nodes / every + 1 : n_cuts + 1) + 1;
 }
 
-int ps_trees_table_target = 0; /* bytes; 0: the default (a knob of the benchmark) */
+#define TABLE_BYTES ((size_t)3 << 19) /* what a row of x may draw from, and still find in a second-level cache */
 
-static int build_masks(ps_trees *m, const node_place *places) {
+static int build_masks(ps_trees *m, const node_place *places, size_t table_bytes) {
     uint32_t most = 0, n = m->n_nodes;
     for (uint32_t t = 0; t < m->n_trees; t++)
         if (m->leaf0[t + 1] - m->leaf0[t] > most)
@@ -589,7 +589,7 @@ static int build_masks(ps_trees *m, const node_place *places) {
     }
 
     /* One table row per rank while that fits the cache, else one every so many nodes. */
-    size_t target = ps_trees_table_target ? (size_t)ps_trees_table_target : (size_t)3 << 19;
+    size_t target = table_bytes ? table_bytes : TABLE_BYTES;
     uint32_t every = 1;
     for (;; every *= 2) {
         n_rows = 0;
@@ -686,7 +686,7 @@ static int avx2_here(void) {
 #endif
 }
 
-ps_trees *ps_trees_build(const ps_trees_form *form, int layout, int simd, char *error) {
+ps_trees *ps_trees_build(const ps_trees_form *form, int layout, int simd, size_t table_bytes, char *error) {
     node_place *places;
     error[0] = 0;
     ps_trees *m = start(form, &places, error);
@@ -720,7 +720,7 @@ ps_trees *ps_trees_build(const ps_trees_form *form, int layout, int simd, char *
         mask_cost = used * (8.0 + 0.6 * m->n_trees * (most <= 32 ? 4 : 8) / 32.0);
         m->layout = most <= 64 && mask_cost < walk_cost ? PS_LAYOUT_MASKS : PS_LAYOUT_WALK;
     }
-    if (m->layout == PS_LAYOUT_MASKS && !build_masks(m, places)) {
+    if (m->layout == PS_LAYOUT_MASKS && !build_masks(m, places, table_bytes)) {
         if (layout == PS_LAYOUT_MASKS)
             FAIL("masks hold trees of at most 64 leaves, and 256 MiB");
         m->layout = PS_LAYOUT_WALK;

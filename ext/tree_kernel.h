@@ -83,8 +83,9 @@ typedef struct {
 
 typedef struct ps_trees ps_trees;
 
-/* NULL when the form is wrong or memory is short: error (at least 160 bytes) then says why and where. */
-ps_trees *ps_trees_build(const ps_trees_form *form, int layout, int simd, char *error);
+/* NULL when the form is wrong or memory is short: error (at least 160 bytes) then says why and where. table_bytes: size
+ * from which the table of masks is thinned; 0 is the default. */
+ps_trees *ps_trees_build(const ps_trees_form *form, int layout, int simd, size_t table_bytes, char *error);
 void ps_trees_free(ps_trees *trees);
 
 /* Same contract as ps_model.predict; raw scores go to out when raw is set (rows x n_raw), else outputs. Returns 0, or

@@ -35,7 +35,7 @@ cdef extern from "tree_kernel.h" nogil:
         uint8_t onnx_post, onnx_binary, onnx_all_positive, onnx_output32
         double slope, divisor
 
-    ps_trees *ps_trees_build(const ps_trees_form *form, int layout, int simd, char *error)
+    ps_trees *ps_trees_build(const ps_trees_form *form, int layout, int simd, size_t table_bytes, char *error)
     void ps_trees_free(ps_trees *trees)
     int ps_trees_predict(const ps_trees *trees, const double *x, size_t rows, size_t stride, double *out, int raw)
     int ps_trees_model_predict(const ps_model *self, const double *x, size_t rows, size_t stride, double *out)

@@ -12,6 +12,7 @@ class TreeModel:
         form: Any,
         layout: Literal["auto", "plain", "walk", "masks"] = "auto",
         simd: Literal["auto", "portable", "avx2"] = "auto",
+        table_bytes: int = 0,
     ) -> None: ...
     @property
     def abi(self) -> int: ...

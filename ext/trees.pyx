@@ -5,7 +5,9 @@
 
 import numpy as np
 
-from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport (
+    PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
+)
 from libc.stdint cimport uintptr_t
 
 cdef object empty = np.empty
@@ -23,13 +25,16 @@ cdef object array_of(object form, str name, object dtype, Py_ssize_t size):
 cdef class TreeModel:
     """A scorer made of a models.tree_ensemble.TreeEnsemble. Build one with models.trees.load_trees."""
 
-    def __cinit__(self, form, str layout="auto", str simd="auto"):
+    def __cinit__(self, form, str layout="auto", str simd="auto", size_t table_bytes=0):
         cdef ps_trees_form f
         cdef char error[256]
         cdef const int32_t[::1] roots, feature, yes, no, steps_begin, weight_begin, weight_target
         cdef const double[::1] threshold, steps, weight, base
         cdef const uint8_t[::1] nan_yes, steps_first
-        cdef int wanted = LAYOUTS[layout], instructions = SIMD[simd]
+        cdef int wanted, instructions
+        if layout not in LAYOUTS or simd not in SIMD:
+            raise ValueError(f"layout {layout}, simd {simd}: expected {', '.join(LAYOUTS)}; {', '.join(SIMD)}")
+        wanted, instructions = LAYOUTS[layout], SIMD[simd]
         cdef Py_ssize_t n = len(form.feature), leaves = len(form.weight_begin) - 1
         if leaves < 1:
             raise ValueError("weight_begin: expected one more value than there are leaves")
@@ -79,7 +84,7 @@ cdef class TreeModel:
         f.slope = form.slope
         f.divisor = form.divisor
         with nogil:
-            self.trees = ps_trees_build(&f, wanted, instructions, error)
+            self.trees = ps_trees_build(&f, wanted, instructions, table_bytes, error)
         if self.trees == NULL:
             raise ValueError((<bytes> error).decode())
         self.n_raw_scores = f.n_raw
@@ -131,6 +136,8 @@ cdef class TreeModel:
         cdef Py_buffer source, target
         cdef Py_ssize_t rows, stride
         cdef int failed
+        if not PyObject_CheckBuffer(x):
+            x = np.asarray(x, np.float64)
         PyObject_GetBuffer(x, &source, PyBUF_FORMAT | PyBUF_STRIDES)
         if (source.ndim != 2 or source.format[0] != c"d" or source.format[1] or source.strides[1] != 8
                 or source.strides[0] < 0 or source.strides[0] % 8 or <uintptr_t> source.buf % 8):
@@ -175,12 +182,3 @@ def xgboost_margin(float base_score, int link):
     """The margin that XGBoost starts from, in its own float32 arithmetic. link: 0 none, 1 logit, 2 log."""
     return ps_trees_xgboost_margin(base_score, link)
 
-
-cdef extern from *:
-    "extern int ps_trees_table_target;"
-    int ps_trees_table_target
-
-
-def _table_target(int size):
-    global ps_trees_table_target
-    ps_trees_table_target = size

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.models.trees import NotATreeModel, TreeModel, load_trees, read_ensemble
+from penstock.models.trees import TreeModel, read_ensemble
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -77,7 +77,12 @@ def rows_around(rng, values, n_inputs, double, n):
     """Values, their neighbours, zeros of both signs, infinities, NaN, the huge and the tiny."""
     kind = np.float64 if double else np.float32
     base = np.array([*values, 0.0, -0.0, 1e30, -1e30, 1e-40], kind)
-    pool = [base, np.nextafter(base, kind(np.inf)), np.nextafter(base, kind(-np.inf)), [np.inf, -np.inf, np.nan, np.nan]]
+    pool = [
+        base,
+        np.nextafter(base, kind(np.inf)),
+        np.nextafter(base, kind(-np.inf)),
+        [np.inf, -np.inf, np.nan, np.nan],
+    ]
     return rng.choice(np.concatenate(pool).astype(kind), (n, n_inputs))
 
 

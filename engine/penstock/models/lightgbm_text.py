@@ -6,6 +6,7 @@ within 1e-35 of zero are zero, and scores add up in double, tree by tree. Linear
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -100,7 +101,7 @@ def _add_tree(form: TreeEnsemble, block: dict[str, str], target: int, where: str
     if n_sets:
         bounds = _numbers(block, "cat_boundaries", int, n_sets + 1, where)
         words = _numbers(block, "cat_threshold", int, max(bounds[-1], 0), where)
-        if bounds[0] != 0 or any(a > b for a, b in zip(bounds, bounds[1:])):
+        if bounds[0] != 0 or any(a > b for a, b in itertools.pairwise(bounds)):
             raise TreeError(f"{where}: cat_boundaries out of order")
         if any(not 0 <= word < 1 << 32 for word in words):
             raise TreeError(f"{where}: cat_threshold holds something that is no 32-bit word")
@@ -133,7 +134,8 @@ def _add_tree(form: TreeEnsemble, block: dict[str, str], target: int, where: str
 
 
 _IDENTITY = {
-    "regression", "regression_l1", "l2", "l1", "huber", "fair", "quantile", "mape", "lambdarank", "rank_xendcg", "custom",
+    "regression", "regression_l1", "l2", "l1", "huber", "fair", "quantile", "mape", "lambdarank", "rank_xendcg",
+    "custom",
 }  # fmt: skip
 _EXP = {"poisson", "gamma", "tweedie"}
 
@@ -186,7 +188,9 @@ def parse_lightgbm(text: str) -> TreeEnsemble:
         elif line == "average_output":
             block[line] = ""
         elif line:
-            raise TreeError(f"{'header' if block is header else f'Tree={len(blocks) - 1}'}: unexpected line {line[:40]!r}")
+            raise TreeError(
+                f"{'header' if block is header else f'Tree={len(blocks) - 1}'}: unexpected line {line[:40]!r}"
+            )
     if not ended:
         raise TreeError(f"Tree={len(blocks) - 1}: the file ends before `end of trees`")
     if not blocks:

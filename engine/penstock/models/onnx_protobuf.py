@@ -6,7 +6,6 @@ numbers are those of onnx.proto; encoding: https://protobuf.dev/programming-guid
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +14,20 @@ import numpy.typing as npt
 
 from .tree_ensemble import TreeError
 
-__all__ = ["FLOAT", "DOUBLE", "Graph", "Node", "Port", "read_graph"]
+__all__ = ["DOUBLE", "FLOAT", "Graph", "Node", "Port", "read_graph"]
 
 FLOAT, UINT8, INT64, DOUBLE = 1, 2, 7, 11
-_TENSOR_DTYPES = {FLOAT: "<f4", UINT8: "u1", 3: "i1", 6: "<i4", INT64: "<i8", 9: "u1", DOUBLE: "<f8", 12: "<u4", 13: "<u8"}
+_TENSOR_DTYPES = {
+    FLOAT: "<f4",
+    UINT8: "u1",
+    3: "i1",
+    6: "<i4",
+    INT64: "<i8",
+    9: "u1",
+    DOUBLE: "<f8",
+    12: "<u4",
+    13: "<u8",
+}
 
 
 @dataclass(slots=True)
@@ -34,7 +43,7 @@ class Node:
 
 @dataclass(slots=True)
 class Port:
-    """A graph's input or output. element is a TensorProto.DataType, -1 for what is no tensor; dims has None for free."""
+    """A graph's input or output. element: a TensorProto.DataType, -1 for what is no tensor; a free dim is None."""
 
     name: str = ""
     element: int = -1
@@ -119,22 +128,16 @@ class _Message:
                 at += length
             elif wire in (1, 5):
                 width = 8 if wire == 1 else 4
-                count = 1
-                if at - start == 1:
-                    # A run of tag, number, tag, number: as many as keep the tag in step.
-                    tags = np.frombuffer(data, np.uint8, end - start, start)[:: width + 1]
-                    other = np.flatnonzero(tags != data[start])
-                    count = max(1, min(int(other[0]) if len(other) else len(tags), (end - start) // (width + 1)))
-                if end - start < count * (width + 1):
-                    raise TreeError(f"byte {at}: {width} bytes expected, {end - at} are left")
-                dtype = np.dtype([("tag", "u1"), ("value", "<f8" if wire == 1 else "<f4")])
-                if at - start == 1:
-                    into.append(np.frombuffer(data, dtype, count, start)["value"].copy())
+                count = _tag_run(data, start, end, width + 1) if at - start == 1 else 0
+                kind = "<f8" if wire == 1 else "<f4"
+                if count:
+                    dtype = np.dtype([("tag", "u1"), ("value", kind)])
+                    into.append(np.frombuffer(data, dtype, count, start)["value"])
                     at = start + count * (width + 1)
                 else:
                     if width > end - at:
                         raise TreeError(f"byte {at}: {width} bytes expected, {end - at} are left")
-                    into.append(np.frombuffer(data, dtype["value"], 1, at))
+                    into.append(np.frombuffer(data, kind, 1, at))
                     at += width
             else:
                 raise TreeError(f"byte {start}: wire type {wire}; this is no ONNX file")
@@ -197,13 +200,34 @@ class _Message:
 
 
 def _number_run(data: bytes, begin: int, end: int) -> tuple[npt.NDArray[np.int64], int]:
-    """The values of a run of tag, varint, tag, varint that starts at `begin` (the tag is one byte), and where it ends."""
-    values, stops = _varints(data, begin, end)
-    pairs = len(values) // 2
-    other = np.flatnonzero(values[: 2 * pairs : 2] != data[begin])
+    """The values of a run of tag, varint, tag, varint from `begin` on (the tag is one byte), and where it ends."""
+    # The window grows with the run, so that the work stays in proportion to it whatever the bytes are.
+    window = 256
+    while True:
+        stop = min(begin + window, end)
+        values, stops = _varints(data, begin, stop)
+        pairs = len(values) // 2
+        other = np.flatnonzero(values[: 2 * pairs : 2] != data[begin])
+        if stop == end or len(other):
+            break
+        window *= 8
     # A tag of one byte: the varint before it ended right there.
     count = int(other[0]) if len(other) else pairs
     return values[1 : 2 * count : 2], int(stops[2 * count - 1]) if count else begin
+
+
+def _tag_run(data: bytes, begin: int, end: int, step: int) -> int:
+    """How many times in a row, `step` bytes apart, the tag at `begin` stands with a whole number behind it."""
+    most = (end - begin) // step
+    window = 64
+    while True:
+        tags = np.frombuffer(data, np.uint8, min(window, most) * step, begin)[::step]
+        other = np.flatnonzero(tags != data[begin])
+        if len(other):
+            return int(other[0])
+        if window >= most:
+            return most
+        window *= 8
 
 
 def _tensor(message: _Message) -> npt.NDArray[Any]:
@@ -268,27 +292,24 @@ def read_graph(data: bytes) -> Graph:
 
     Raises TreeError saying at which byte the file is damaged.
     """
-    try:
-        model = _Message(data, 0, len(data))
-        graphs = model.messages(7)
-        if len(graphs) != 1:
-            raise TreeError("this is no ONNX file: it has no graph")
-        graph = Graph()
-        for opset in model.messages(8):
-            graph.opsets[opset.text(1)] = opset.integer(2, 0)
-        for message in graphs[0].messages(1):
-            node = Node(message.text(4), message.text(7), _texts(message, 1), _texts(message, 2))
-            if node.domain == "ai.onnx.ml" or node.op_type == "Cast":
-                for attribute in message.messages(5):
-                    name = attribute.text(1)
-                    try:
-                        node.attributes[name] = _attribute(attribute)
-                    except TreeError as error:
-                        raise TreeError(f"{node.op_type}.{name}: {error}") from None
-            graph.nodes.append(node)
-        graph.inputs = [_port(message) for message in graphs[0].messages(11)]
-        graph.outputs = [_port(message) for message in graphs[0].messages(12)]
-        graph.initializers = {message.text(8) for message in graphs[0].messages(5)}
-        return graph
-    except struct.error as error:
-        raise TreeError(f"this is no ONNX file: {error}") from None
+    model = _Message(data, 0, len(data))
+    graphs = model.messages(7)
+    if len(graphs) != 1:
+        raise TreeError("this is no ONNX file: it has no graph")
+    graph = Graph()
+    for opset in model.messages(8):
+        graph.opsets[opset.text(1)] = opset.integer(2, 0)
+    for message in graphs[0].messages(1):
+        node = Node(message.text(4), message.text(7), _texts(message, 1), _texts(message, 2))
+        if node.domain == "ai.onnx.ml" or node.op_type == "Cast":
+            for attribute in message.messages(5):
+                name = attribute.text(1)
+                try:
+                    node.attributes[name] = _attribute(attribute)
+                except TreeError as error:
+                    raise TreeError(f"{node.op_type}.{name}: {error}") from None
+        graph.nodes.append(node)
+    graph.inputs = [_port(message) for message in graphs[0].messages(11)]
+    graph.outputs = [_port(message) for message in graphs[0].messages(12)]
+    graph.initializers = {message.text(8) for message in graphs[0].messages(5)}
+    return graph

@@ -1,4 +1,4 @@
-"""Tree ensembles in ONNX: TreeEnsembleRegressor, TreeEnsembleClassifier, TreeEnsemble, ai.onnx.ml 1 to 5 (control path).
+"""Tree ensembles in ONNX: TreeEnsembleRegressor and -Classifier, TreeEnsemble; ai.onnx.ml 1 to 5 (control path).
 
 The reference is ONNX Runtime 1.32 on one thread, its oddities included: thresholds compare and weights add up in the
 type of the input (float or double), trees in the order of their first node, base values last, outputs in float. A graph
@@ -181,9 +181,12 @@ def _add_nodes(form: TreeEnsemble, a: _Attributes, prefix: str, double: bool) ->
         for ids_of in (true_ids, false_ids):
             child = index.get((tree_ids[i], ids_of[i]))
             if child is None:
-                raise TreeError(f"tree {tree_ids[i]}: node {node_ids[i]} leads to node {ids_of[i]}, which does not exist")
+                raise TreeError(
+                    f"tree {tree_ids[i]}: node {node_ids[i]} leads to node {ids_of[i]}, which does not exist"
+                )
             branches.append(place[child])
-        _add_branch(form, features[i], modes[i], [values[i]], *branches, tracks[i] == 1, not double)
+        true, false = branches
+        _add_branch(form, features[i], modes[i], [values[i]], true, false, tracks[i] == 1, not double)
 
 
 def _add_nodes_v5(form: TreeEnsemble, a: _Attributes, double: bool) -> None:
@@ -193,7 +196,8 @@ def _add_nodes_v5(form: TreeEnsemble, a: _Attributes, double: bool) -> None:
     modes = a.integers("nodes_modes", n)
     splits = a.reals("nodes_splits", n, double)
     true_ids, false_ids, true_leaf, false_leaf = (
-        a.integers(name, n) for name in ("nodes_truenodeids", "nodes_falsenodeids", "nodes_trueleafs", "nodes_falseleafs")
+        a.integers(name, n)
+        for name in ("nodes_truenodeids", "nodes_falsenodeids", "nodes_trueleafs", "nodes_falseleafs")
     )
     tracks = a.integers("nodes_missing_value_tracks_true")
     tracks += [0] * (n - len(tracks))

@@ -1,8 +1,8 @@
 """The shared form of a tree ensemble, which every loader makes and the kernel reads (control path).
 
-Flat arrays, one kind of node: x <= threshold goes yes. What else a library can ask of a value (less than, equality, a set
-of categories, zero as missing) is a step function of x, and stands as sorted steps. Nothing is rounded on the way: a
-threshold or weight here is the number the library compares or adds.
+Flat arrays, one kind of node: x <= threshold goes yes. What else a library can ask of a value (less than, equality, a
+set of categories, zero as missing) is a step function of x, and stands as sorted steps. Nothing is rounded on the way:
+a threshold or weight here is the number the library compares or adds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["Aggregate", "NotATreeModel", "Transform", "TreeEnsemble", "TreeError", "below", "above"]
+__all__ = ["Aggregate", "NotATreeModel", "Transform", "TreeEnsemble", "TreeError", "below"]
 
 
 class TreeError(ValueError):
@@ -43,17 +43,12 @@ def below(x: float, single: bool) -> float:
     return math.nextafter(x, -math.inf)
 
 
-def above(x: float, single: bool) -> float:
-    """The next number above x; see below."""
-    return -below(-x, single)
-
-
 @dataclass(slots=True)
 class TreeEnsemble:
     """Nodes, leaves and weights of all trees, in tree order. Fields are those of ps_trees_form in ext/tree_kernel.h.
 
-    A child is a node's index, or -1 - leaf. Lists are filled by add_node and add_leaf; the kernel checks that every tree
-    is one, so a loader need not.
+    A child is a node's index, or -1 - leaf. Lists are filled by add_node and add_leaf; the kernel checks that every
+    tree is one, so a loader need not.
     """
 
     n_inputs: int
@@ -86,7 +81,13 @@ class TreeEnsemble:
     divisor: float = 1.0
 
     def add_node(
-        self, feature: int, threshold: float, yes: int, no: int, nan_yes: bool, steps: list[float] | None = None,
+        self,
+        feature: int,
+        threshold: float,
+        yes: int,
+        no: int,
+        nan_yes: bool,
+        steps: list[float] | None = None,
         steps_first: bool = False,
     ) -> int:
         """A node that says yes to x <= threshold; or, given steps, whether steps_first flipped once per step < x."""

@@ -1,6 +1,6 @@
 """Tree ensembles from files: LightGBM text, XGBoost JSON and UBJSON, ONNX (control path).
 
-Whatever bytes the file holds, loading ends with a model, a ValueError that says where the file is wrong, or NotATreeModel.
+Whatever bytes the file holds, loading ends with a model, a ValueError that says where it is wrong, or NotATreeModel.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def load_trees(
     """A scorer for a model file. Inputs are float64, NaN is missing; scores equal the training library's.
 
     layout and simd force a variant of the kernel; every one gives the same bits. Raises ValueError naming the file and
-    the place where it is damaged or not supported, NotATreeModel for an ONNX graph that is not one tree ensemble, OSError.
+    the place where it is damaged or not supported, OSError, and NotATreeModel for an ONNX graph that is something else.
     """
     ensemble = read_ensemble(path)
     try:
         return TreeModel(ensemble, layout, simd)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -48,14 +48,13 @@ _CATEGORICAL = 1
 _LARGEST_CATEGORY = 16777215
 
 
+# Number types of Universal Binary JSON, all big-endian: as a single value, and as an element of an array.
+_SCALARS = {"i": ">b", "U": ">B", "I": ">h", "l": ">i", "L": ">q", "d": ">f", "D": ">d"}
+_ELEMENTS = {"i": ">i1", "U": ">u1", "I": ">i2", "l": ">i4", "L": ">i8", "d": ">f4", "D": ">f8"}
+
+
 class _UBJ:
     """A reader of Universal Binary JSON (https://ubjson.org, draft 12), as far as XGBoost writes it."""
-
-    _SCALARS = {
-        "i": ">b", "U": ">B", "I": ">h", "l": ">i", "L": ">q", "d": ">f", "D": ">d",
-    }  # fmt: skip
-    _ARRAYS = {k: np.dtype(v) for k, v in
-               {"i": ">i1", "U": ">u1", "I": ">i2", "l": ">i4", "L": ">i8", "d": ">f4", "D": ">f8"}.items()}  # fmt: skip
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
@@ -70,7 +69,7 @@ class _UBJ:
         return self.take(1).decode("latin-1")
 
     def number(self, kind: str) -> Any:
-        code = self._SCALARS.get(kind)
+        code = _SCALARS.get(kind)
         if code is None:
             raise TreeError(f"byte {self.at - 1}: {kind!r} is no number type")
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
@@ -105,7 +104,7 @@ class _UBJ:
     def value(self, kind: str, depth: int = 0) -> Any:
         if depth > 32:
             raise TreeError(f"byte {self.at}: nested deeper than any model")
-        if kind in self._SCALARS:
+        if kind in _SCALARS:
             return self.number(kind)
         if kind == "S":
             return self.string()
@@ -116,11 +115,11 @@ class _UBJ:
         if kind == "[":
             inner, count = self.header()
             if inner is not None and count is not None:
-                if inner not in self._ARRAYS:
+                if inner not in _ELEMENTS:
                     raise TreeError(f"byte {self.at}: an array of {inner!r}")
-                dtype = self._ARRAYS[inner]
+                dtype = np.dtype(_ELEMENTS[inner])
                 return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
-            values = []
+            values: list[Any] = []
             while count is None or len(values) < count:
                 mark = self.marker()
                 if count is None and mark == "]":
