@@ -175,7 +175,8 @@ def test_lifetime_at_an_older_time_remembers_what_has_left_the_ring():
     assert values(store, as_of=3990)[:3] == [-100.0, 100.0, -100.0]
 
 
-def test_extremes_over_many_full_chunks_with_late_spikes():
+@pytest.mark.parametrize("noise", [[0], [0, 0, 0, 20, 60, 150]])
+def test_extremes_over_many_full_chunks_with_late_spikes(noise):
     """Falling values make every read look again; late spikes go into sealed chunks and split the tail's own."""
     rng = random.Random(2)
     window, lateness = 1500, 4000
@@ -184,7 +185,7 @@ def test_extremes_over_many_full_chunks_with_late_spikes():
     )
     times, amounts = np.zeros(0, dtype=np.int64), np.zeros(0)
     for i in range(9000):
-        t, value = i, float(-i)
+        t, value = i, float(-i + rng.choice(noise))
         if i > 3000 and rng.random() < 0.15:
             t = i - rng.choice([rng.randint(0, window), window - 20, window - 5, 2990])
             value = float(-t + rng.choice([-40, 0.5, 30]))
