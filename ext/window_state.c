@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "arena.h"
 #include "exact_sum.h"
 
 #define LIKELY(x) __builtin_expect(!!(x), 1)
@@ -1402,21 +1403,6 @@ OFF_PATH static void window_sum(ps_store *S, ps_lane *lane, int j, int square, c
     ps_big_normalize(out);
 }
 
-static int arena_append(ps_arena *a, const char *p, uint32_t len, uint64_t *slot) {
-    if (a->capacity - a->used < len) {
-        uint64_t need = (uint64_t)a->used + len, capacity = need + need / 2 + 256;
-        if (capacity > UINT32_MAX) return 0;
-        char *data = realloc(a->data, capacity);
-        if (!data) return 0;
-        a->data = data;
-        a->capacity = (uint32_t)capacity;
-    }
-    if (len) memcpy(a->data + a->used, p, len);
-    *slot = PS_STR(a->used, len);
-    a->used += len;
-    return 1;
-}
-
 static inline void put_null(ps_slot *slot, uint8_t *status, int type, int why) {
     slot->u = type == PS_FLOAT64 ? 0x7ff8000000000000ULL : 0;
     *status = (uint8_t)why;
@@ -1646,7 +1632,7 @@ OFF_PATH static int read_step(ps_store *S, blob_t *B, const step_t *step, int64_
                     p = str->bytes;
                     len = str->length;
                 }
-                if (!strings || !arena_append(strings, p, len, &slot->u)) return PS_STORE_MEMORY;
+                if (!strings || ps_arena_append(strings, p, len, &slot->u)) return PS_STORE_MEMORY;
             }
             break;
         }
