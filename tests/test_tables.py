@@ -1,0 +1,396 @@
+"""Arrow tables in: every layout that Arrow has for the same values, checked whole before the first row is used.
+
+What must stay true: a refused table has changed nothing, and the error names the row and the column.
+"""
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from penstock import Aggregation, Engine, Event, EventError, FeatureView, PenstockError, Pipeline, Timestamp
+
+SECOND = 10**6
+T0 = 1_700_000_000 * SECOND
+
+
+class Row(Event, time="at"):
+    name: str
+    number: int
+    x: float
+    at: Timestamp
+    y: float | None = None
+    n: int | None = None
+    b: bool | None = None
+    s: str | None = None
+    t: Timestamp | None = None
+
+
+per_name = FeatureView(
+    "per_name",
+    entity="name",
+    source=Row,
+    include_request_event=True,
+    aggregations=[
+        Aggregation("count", windows=["1h"]),
+        Aggregation("sum", "x", windows=["1h"]),
+        Aggregation("sum", "n", windows=["1h"]),
+        Aggregation("max", "t", windows=["1h"]),
+        Aggregation("min", "b", windows=["1h"]),
+        Aggregation("last", "s", windows=["1h"]),
+    ],
+)
+per_number = FeatureView(
+    "per_number", entity="number", source=Row, aggregations=[Aggregation("count", "y", windows=["1h"])]
+)
+FIELDS = ("name", "number", "x", "at", "y", "n", "b", "s", "t")
+APP = {
+    "per_name": per_name,
+    "per_number": per_number,
+    "p": Pipeline("p", event=Row, features=[*FIELDS, per_name, per_number]),
+}
+
+ROWS = [
+    {
+        "name": f"näme{i % 3}",
+        "number": [-(2**63), 2**63 - 1, 5][i % 3],
+        "x": i / 7,
+        "at": T0 + i * SECOND,
+        "y": None if i % 4 == 0 else -i / 3,
+        "n": None if i % 5 == 0 else i * 2**60,
+        "b": [None, True, False][i % 3],
+        "s": [None, "", "é\0", "long" * 30][i % 4],
+        "t": None if i % 7 == 0 else T0 - i,
+    }
+    for i in range(600)
+]
+TYPES = {
+    "name": pa.string(), "number": pa.int64(), "x": pa.float64(), "at": pa.timestamp("us", "UTC"), "y": pa.float64(),
+    "n": pa.int64(), "b": pa.bool_(), "s": pa.string(), "t": pa.timestamp("us"),
+}  # fmt: skip
+
+
+def column(name, rows=None):
+    values = [r[name] for r in rows or ROWS]
+    if name == "n":
+        values = [v if v is None or v < 2**63 else v % 2**62 for v in values]
+    return pa.array(values, type=TYPES[name])
+
+
+BASE = pa.table({name: column(name) for name in FIELDS})
+
+
+def score(table, ingest=True):
+    """The features of a table of rows, by an engine of its own."""
+    result = Engine(APP, clock="event").score_batch(table, ingest, explain=True)
+    return result.drop_columns(["id"])
+
+
+EXPECTED = score(BASE)
+
+
+def chunked(table):
+    return pa.concat_tables([table.slice(0, 1), table.slice(1, 0), table.slice(1, 255), table.slice(256)])
+
+
+def sliced(table):
+    """The same rows, with every buffer at an odd offset."""
+    padded = pa.concat_tables([table.slice(0, 3), table, table.slice(0, 5)]).combine_chunks()
+    return padded.slice(3, table.num_rows)
+
+
+def cast(table, **types):
+    for name, kind in types.items():
+        table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
+    return table
+
+
+def dictionary(table):
+    for name in ("name", "s"):
+        table = table.set_column(table.column_names.index(name), name, table[name].combine_chunks().dictionary_encode())
+    return table
+
+
+LAYOUTS = {
+    "chunked": chunked,
+    "sliced": sliced,
+    "sliced and chunked": lambda t: sliced(chunked(t)),
+    "large strings": lambda t: cast(t, name=pa.large_string(), s=pa.large_string()),
+    "string views": lambda t: cast(t, name=pa.string_view(), s=pa.string_view()),
+    "dictionaries": dictionary,
+    "chunked dictionaries": lambda t: chunked(dictionary(t)),
+    "sliced large": lambda t: sliced(cast(t, name=pa.large_string(), s=pa.large_string())),
+    "nanoseconds": lambda t: cast(t, at=pa.timestamp("ns", "UTC"), t=pa.timestamp("ns")),
+    "other zones": lambda t: cast(t, at=pa.timestamp("us", "Asia/Kathmandu")),
+    "naive": lambda t: cast(t, at=pa.timestamp("us")),
+    "integer times": lambda t: cast(t, at=pa.int64(), t=pa.int64()),
+    "another order": lambda t: t.select(FIELDS[::-1]),
+    "validity without nulls": lambda t: with_validity(t, "x"),
+    "ipc": lambda t: through_ipc(t),
+    "polars": lambda t: pl.from_arrow(t),
+    "polars rechunked": lambda t: pl.from_arrow(chunked(t)).rechunk(),
+}
+
+
+def with_validity(table, name):
+    array = table[name].combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    bitmap = pa.py_buffer(b"\xff" * (len(array) // 8 + 1))
+    made = pa.Array.from_buffers(array.type, len(array), [bitmap, array.buffers()[1]])
+    return table.set_column(table.column_names.index(name), name, made)
+
+
+def through_ipc(table):
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    return pa.ipc.open_stream(sink.getvalue()).read_all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_the_same_values_gives_the_same_bits(layout):
+    assert score(LAYOUTS[layout](BASE)).equals(EXPECTED)
+
+
+def test_a_table_equals_its_rows():
+    engine = Engine(APP, clock="event")
+    names = [n for n in EXPECTED.column_names if n in {*FIELDS} or "." in n]
+    expected = EXPECTED.select(names).to_pylist()
+    for row, record in zip(BASE.to_pylist(), expected):
+        features = engine.score(row, explain=True).features
+        got = {n: v.datetime() if isinstance(v, Timestamp) else v for n, v in features.items()}
+        # A column of integers with one beyond 64 bits is float64 (S13).
+        got["per_name.sum_n_1h"] = None if got["per_name.sum_n_1h"] is None else float(got["per_name.sum_n_1h"])
+        assert got == record
+
+
+def test_a_record_batch_a_dict_and_pandas():
+    assert score(BASE.combine_chunks().to_batches()[0]).equals(EXPECTED)
+    assert score({name: BASE[name] for name in FIELDS}).equals(EXPECTED)
+    assert score({**{n: BASE[n] for n in FIELDS}, "x": np.array([r["x"] for r in ROWS])}).equals(EXPECTED)
+    frame = BASE.to_pandas(types_mapper=lambda t: pd.Int64Dtype() if t == pa.int64() else None)
+    assert score(frame).equals(EXPECTED)
+    # In pandas' own float columns a missing number is NaN, which is null here (S11).
+    assert frame["y"].isna().any()
+    with pytest.raises(
+        TypeError, match=r"expected an Arrow table \(pyarrow, polars, pandas or a dict of columns\), got int"
+    ):
+        score(5)
+
+
+def test_narrow_and_unsigned_numbers():
+    for kind in (pa.int8(), pa.uint8(), pa.int32(), pa.uint64()):
+        table = pa.table({"name": ["a"], "number": pa.array([7], kind), "x": pa.array([2], kind), "at": [T0]})
+        assert score(table).select(["number", "x"]).to_pylist() == [{"number": 7, "x": 2.0}]
+    for kind in (pa.float16(), pa.float32(), pa.decimal128(10, 2)):
+        value = {"float": 0.5, "halffloat": np.float16(0.5)}.get(str(kind), Decimal("0.50"))
+        table = pa.table({"name": ["a"], "number": [1], "x": pa.array([value], kind), "at": [T0]})
+        assert score(table)["x"].to_pylist() == [0.5]
+
+
+def test_coarse_times_and_dates():
+    day = datetime(2023, 11, 14)
+    for array in (
+        pa.array([day], pa.timestamp("s")),
+        pa.array([day], pa.timestamp("ms", "UTC")),
+        pa.array([day.date()], pa.date32()),
+        pa.array([day.date()], pa.date64()),
+    ):
+        table = pa.table({"name": ["a"], "number": [1], "x": [1.0], "at": array})
+        assert score(table)["at"].to_pylist() == [day.replace(tzinfo=UTC)]
+
+
+@pytest.mark.parametrize("ns", [-1, -1000, -1001, 999, 1000, -(10**18) - 1])
+def test_nanoseconds_are_floored(ns):
+    """S1; Arrow's own cast goes towards zero."""
+    table = pa.table({"name": ["a"], "number": [1], "x": [1.0], "at": pa.array([ns], pa.timestamp("ns"))})
+    assert score(table)["at"].cast(pa.int64()).to_pylist() == [ns // 1000]
+    optional = table.append_column("t", pa.array([ns], pa.timestamp("ns")))
+    assert score(pa.concat_tables([optional, optional]))["t"].cast(pa.int64()).to_pylist() == [ns // 1000] * 2
+
+
+def test_null_columns_and_absent_ones():
+    needed = BASE.select(["name", "number", "x", "at"])
+    nulls = needed
+    for name in FIELDS[4:]:
+        nulls = nulls.append_column(name, pa.nulls(BASE.num_rows))
+    typed = needed
+    for name in FIELDS[4:]:
+        typed = typed.append_column(name, pa.nulls(BASE.num_rows, TYPES[name]))
+    assert score(needed).equals(score(nulls))
+    assert score(needed).equals(score(typed))
+    assert score(needed)["per_name.sum_n_1h"].null_count == BASE.num_rows
+
+
+def test_nan_is_null_and_sliced_nan_too():
+    x = pa.array([1.0, float("nan"), None, 2.0, float("nan")])
+    table = pa.table({"name": ["a"] * 5, "number": [1] * 5, "x": [0.0] * 5, "at": [T0] * 5, "y": x})
+    assert score(table)["y"].to_pylist() == [1.0, None, None, 2.0, None]
+    assert score(table.slice(1, 3))["y"].to_pylist() == [None, None, 2.0]
+    assert score(table)["per_number.count_y_1h"].to_pylist() == [0, 1, 1, 1, 2]
+
+
+def test_empty_tables():
+    engine = Engine(APP, clock="event")
+    for empty in (
+        BASE.slice(0, 0),
+        BASE.schema.empty_table(),
+        pa.table({n: [] for n in FIELDS}),
+        pl.from_arrow(BASE)[:0],
+    ):
+        result = engine.score_batch(empty, explain=True)
+        assert result.num_rows == 0
+        assert result.drop_columns(["id"]).schema.names == EXPECTED.schema.names
+        assert engine.replay({"Row": empty}, out="p").num_rows == 0
+        assert engine.ingest(empty) == {"applied": 0, "duplicate": 0, "late": 0, "quarantined": 0}
+    assert engine.replay({}) is None
+    assert [s[:2] for s in engine.core.store_stats()] == [(0, 0), (0, 0)]
+
+
+def base(**changes):
+    table = BASE.slice(0, 300)
+    for name, values in changes.items():
+        if name in table.column_names:
+            table = table.set_column(table.column_names.index(name), name, values)
+        else:
+            table = table.append_column(name, values)
+    return table
+
+
+def at_row(row, name, value):
+    """The column with one other value; times as integers."""
+    array = BASE[name].slice(0, 300)
+    array = array.cast(pa.int64()) if pa.types.is_timestamp(array.type) else array
+    values = array.to_pylist()
+    values[row] = value
+    return pa.array(values, type=array.type)
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "said"),
+    [
+        ({"z": pa.nulls(300)}, ".z", "unknown column; Row has name, number"),
+        ({"name": pa.array([1] * 300)}, ".name", "expected a column of string, got int64"),
+        ({"name": pa.array([b"x"] * 300)}, ".name", "expected a column of string, got binary"),
+        ({"name": pa.nulls(300)}, "[0].name", "expected a value, got null"),
+        ({"name": at_row(271, "name", None)}, "[271].name", "expected a value, got null"),
+        ({"name": at_row(270, "name", "x" * 1025)}, "[270].name", "expected at most 1024 bytes, got 1025"),
+        ({"s": at_row(5, "s", "x" * 65537)}, "[5].s", "expected at most 65536 bytes, got 65537"),
+        ({"number": pa.array([1.0] * 300)}, ".number", "expected a column of int64, got double"),
+        ({"number": pa.array([True] * 300)}, ".number", "expected a column of int64, got bool"),
+        ({"number": pa.array([2**63] * 300, pa.uint64())}, ".number", "the column does not fit int64"),
+        ({"number": at_row(7, "number", None)}, "[7].number", "expected a value, got null"),
+        ({"b": pa.array([1] * 300)}, ".b", "expected a column of bool, got int64"),
+        ({"x": pa.array(["1"] * 300)}, ".x", "expected a column of float64, got string"),
+        ({"x": pa.array([True] * 300)}, ".x", "expected a column of float64, got bool"),
+        ({"x": at_row(299, "x", None)}, "[299].x", "expected a value, got null"),
+        ({"x": at_row(299, "x", float("nan"))}, "[299].x", "expected a number, got NaN; declare it `| None`"),
+        ({"x": at_row(256, "x", float("inf"))}, "[256].x", "expected a finite number (the field is aggregated)"),
+        ({"y": at_row(255, "y", float("-inf"))}, "[255].y", "expected a finite number (the field is aggregated)"),
+        ({"at": at_row(3, "at", None)}, "[3].at", "the event time is missing (null)"),
+        ({"at": pa.array([1.5] * 300)}, ".at", "expected a column of timestamp, got double"),
+        ({"at": pa.array(["2020"] * 300)}, ".at", "expected a column of timestamp, got string"),
+        ({"at": at_row(9, "at", 2**62)}, "[9].at", "expected a time between the years 1 and 9999"),
+        ({"t": at_row(9, "t", -(2**62))}, "[9].t", "expected a time between the years 1 and 9999"),
+        ({"at": pa.array([2**60] * 300, pa.timestamp("s"))}, ".at", "the column does not fit timestamp"),
+    ],
+)
+def test_a_wrong_column_is_named_and_changes_nothing(changes, path, said):
+    engine = Engine(APP, clock="event")
+    for call in (engine.score_batch, engine.ingest, lambda t: engine.replay({"Row": t}, out="p")):
+        for table in (base(**changes), chunked(base(**changes))):
+            with pytest.raises(EventError) as caught:
+                call(table)
+            assert caught.value.path == path
+            assert caught.value.message.startswith(said)
+    assert [s[:2] for s in engine.core.store_stats()] == [(0, 0), (0, 0)]
+    assert engine.core.watermark(0) is None
+    assert not any(engine.stats()["outcomes"]["Row"].values())
+
+
+def test_values_below_a_null_are_not_looked_at():
+    """Arrow leaves anything there: NaN, infinities, times out of range, long strings."""
+    mask = np.array([False, True, False])
+    table = pa.table(
+        {
+            "name": ["a"] * 3,
+            "number": [1] * 3,
+            "x": [1.0] * 3,
+            "at": [T0] * 3,
+            "y": pa.array(np.array([1.0, np.inf, 2.0]), mask=mask),
+            "t": pa.array(np.array([1, 2**62, 2]), mask=mask),
+        }
+    )
+    result = score(table)
+    assert result["y"].to_pylist() == [1.0, None, 2.0]
+    assert result["t"].cast(pa.int64()).to_pylist() == [1, None, 2]
+
+
+def test_a_missing_column_is_named():
+    with pytest.raises(EventError, match=r"^x: missing column; Row needs it$"):
+        score(BASE.drop_columns(["x"]))
+
+
+def test_wide_integers_come_out_as_floats():
+    """S13: past int64 the result is float64, and so is its column."""
+    n = pa.array([2**62, 2**62, 1, None])
+    table = pa.table({"name": ["a", "a", "b", "c"], "number": [1] * 4, "x": [1.0] * 4, "at": [T0] * 4, "n": n})
+    found = score(table)["per_name.sum_n_1h"]
+    assert found.type == pa.float64()
+    assert found.to_pylist() == [2.0**62, 2.0**63, 1.0, None]
+    assert score(table.slice(2))["per_name.sum_n_1h"].type == pa.int64()
+
+
+# replay
+
+
+def test_replay_keeps_the_order_of_the_scored_table():
+    rows = BASE.slice(0, 300)
+    shuffled = rows.take(pa.array(np.random.default_rng(5).permutation(300)))
+    engine = Engine(APP, clock="event")
+    result = engine.replay({"Row": shuffled}, out="p", decisions=True)
+    assert result["at"].to_pylist() == shuffled["at"].to_pylist()
+    expected = {r["at"]: r for r in score(rows).to_pylist()}
+    assert result.drop_columns(["id"]).to_pylist() == [expected[r["at"]] for r in result.to_pylist()]
+    assert set(result["outcome"].to_pylist()) == {"applied"}
+
+
+def test_replay_says_what_it_needs():
+    engine = Engine(APP, clock="event")
+    with pytest.raises(PenstockError, match="no event 'Rwo'; did you mean Row"):
+        engine.replay({"Rwo": BASE})
+    with pytest.raises(PenstockError, match=r"replay: out='p' scores Row, but no table of Row was given"):
+        engine.replay({}, out="p")
+    told = []
+    assert engine.replay({"Row": BASE}, progress=told.append) is None
+    assert sum(told) == BASE.num_rows
+    assert engine.stats()["stores"][0]["events"] == BASE.num_rows
+
+
+def test_ties_across_tables_go_by_the_order_given():
+    class Label(Event):
+        name: str
+        fraud: bool
+        at: Timestamp
+
+    risk = FeatureView("risk", entity="name", source=Label, aggregations=[Aggregation("count", windows=["1h"])])
+    app = {**APP, "risk": risk, "p": Pipeline("p", event=Row, features=[risk])}
+    row = pa.table({"name": ["a"], "number": [1], "x": [1.0], "at": [T0]})
+    label = pa.table({"name": ["a"], "fraud": [True], "at": [T0]})
+    for tables, seen in (({"Label": label, "Row": row}, 1), ({"Row": row, "Label": label}, 0)):
+        result = Engine(app, clock="event").replay(tables, out="p")
+        assert result.to_pylist() == [{"risk.count_1h": seen}]
+    engine = Engine(app, clock="event")
+    assert engine.ingest(label, event="Label")["applied"] == 1
+    with pytest.raises(PenstockError, match=r"say which event: event=\.\.\.; have"):
+        engine.ingest(label)
+
+
+def test_times_keep_their_microseconds():
+    at = [datetime(2023, 1, 1, tzinfo=UTC) + timedelta(microseconds=i) for i in range(3)]
+    table = pa.table({"name": ["a"] * 3, "number": [1] * 3, "x": [1.0] * 3, "at": at})
+    assert score(table)["at"].to_pylist() == at
