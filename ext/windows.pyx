@@ -185,7 +185,7 @@ cdef class WindowStore:
         return self.api.version(self.ptr, h)
 
     def read(self, key, group=0, as_of=0, extra=None):
-        """The group's outputs as a list of (value, status); extra, (event_time, values[, where_mask]), counts as applied.
+        """The group's outputs as (value, status); extra, (event_time, values[, where_mask]), counts as applied.
 
         A sum beyond int64 comes back as a float; a null as None."""
         cdef ps_key k
