@@ -756,7 +756,8 @@ static float onnx_probit(float x) {
     return 1.41421356f * (sign * sqrtf(v3));
 }
 
-static void onnx_post(int post, double *z, uint32_t n) {
+static void onnx_post(const ps_trees *m, double *z, uint32_t n) {
+    int post = m->onnx_post;
     if (post == PS_ONNX_PROBIT) {
         for (uint32_t k = 0; k < n; k++)
             z[k] = onnx_probit((float)z[k]);
@@ -772,14 +773,14 @@ static void onnx_post(int post, double *z, uint32_t n) {
         for (uint32_t k = 0; k < n; k++) {
             float v = (float)z[k];
             if (post == PS_ONNX_SOFTMAX_ZERO && !(v > 0.0000001f || v < -0.0000001f)) {
-                z[k] = v * zero;
+                z[k] = m->accumulate32 ? (double)(v * zero) : z[k] * zero;
                 continue;
             }
             z[k] = expf(v - most);
             sum += (float)z[k];
         }
         for (uint32_t k = 0; k < n; k++)
-            z[k] = (float)z[k] / sum;
+            z[k] = post == PS_ONNX_SOFTMAX_ZERO && !m->accumulate32 ? z[k] / sum : (double)((float)z[k] / sum);
     }
 }
 
@@ -807,12 +808,12 @@ static void onnx_finish(const ps_trees *m, double *acc, uint8_t *has, double *ou
             }
         }
         if (!raw && (n > 1 || m->onnx_post == PS_ONNX_PROBIT))
-            onnx_post(m->onnx_post, out, n);
+            onnx_post(m, out, n);
     } else if (n > 2) {
         for (uint32_t k = 0; k < n; k++)
             out[k] = (uint32_t)m->n_base == n ? (has[k] ? add(m, acc[k], base[k]) : base[k]) : (has[k] ? acc[k] : 0);
         if (!raw)
-            onnx_post(m->onnx_post, out, n);
+            onnx_post(m, out, n);
     } else {
         int two = 1, second = m->n_base ? -1 : 3;
         if (m->n_base == 2) {
@@ -836,7 +837,7 @@ static void onnx_finish(const ps_trees *m, double *acc, uint8_t *has, double *ou
             out[0] = has[0] ? acc[0] : 0;
             out[1] = has[1] ? acc[1] : 0;
             if (!raw)
-                onnx_post(m->onnx_post, out, 2);
+                onnx_post(m, out, 2);
         } else {
             double v = has[0] ? acc[0] : 0;
             out[0] = v;

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from oracles.tree_rows import every_variant, rows_at
 from oracles.trees import score_form
-
 from penstock._ext.trees import TreeModel
 from penstock.models.tree_ensemble import Aggregate, Transform, TreeEnsemble
 
@@ -114,11 +114,20 @@ def test_rows_may_come_in_any_memory_order(small):
     want = model.predict(x)
     wide = np.zeros((300, 9))
     wide[:, 2:6] = x
-    for same in (np.asfortranarray(x), wide[:, 2:6], x[::-1][::-1], x.tolist(), x.astype(">f8"), np.repeat(x, 2, 0)[::2]):
+    for same in (
+        np.asfortranarray(x),
+        wide[:, 2:6],
+        x[::-1][::-1],
+        x.tolist(),
+        x.astype(">f8"),
+        np.repeat(x, 2, 0)[::2],
+    ):
         np.testing.assert_array_equal(model.predict(same), want)
     np.testing.assert_array_equal(model.predict(x[::-1]), want[::-1])
     np.testing.assert_array_equal(model.predict(x[:, ::-1][:, ::-1]), want)
-    np.testing.assert_array_equal(model.predict(x.astype(np.float32)), model.predict(x.astype(np.float32).astype(float)))
+    np.testing.assert_array_equal(
+        model.predict(x.astype(np.float32)), model.predict(x.astype(np.float32).astype(float))
+    )
     frozen = x.copy()
     frozen.flags.writeable = False
     np.testing.assert_array_equal(model.predict(frozen), want)

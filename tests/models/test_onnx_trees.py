@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.models.trees import TreeModel, read_ensemble
+from oracles.tree_rows import damaged, every_variant
+from penstock.models.trees import NotATreeModel, TreeModel, load_trees, read_ensemble
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -97,17 +98,11 @@ def check(path, x, columns=None):
     want, ones = want[:, :columns], ones[:, :columns]
     np.testing.assert_array_equal(ones.astype(np.float64), want[::7])  # the reference does not depend on the batch
     form = read_ensemble(path)
-    for layout in ("plain", "walk", "masks"):
-        for simd in ("portable", "auto"):
-            try:
-                model = TreeModel(form, layout, simd)
-            except ValueError as error:
-                assert "64 leaves" in str(error)
-                continue
-            got = model.predict(x.astype(np.float64))[:, :columns]
-            np.testing.assert_array_equal(got, want, err_msg=f"{layout} {simd}")
-            each = np.vstack([model.predict(x[i : i + 1].astype(np.float64)) for i in range(0, len(x), 5)])
-            np.testing.assert_array_equal(each[:, :columns], want[::5])
+    for model in every_variant(form, TreeModel):
+        got = model.predict(x.astype(np.float64))[:, :columns]
+        np.testing.assert_array_equal(got, want, err_msg=f"{model.layout} {model.simd}")
+        each = np.vstack([model.predict(x[i : i + 1].astype(np.float64)) for i in range(0, len(x), 5)])
+        np.testing.assert_array_equal(each[:, :columns], want[::5])
 
 
 @settings(max_examples=60, deadline=None)
@@ -158,3 +153,237 @@ def test_random_ensembles_equal_onnxruntime(
     # ONNX Runtime leaves the second column unset here: its bits change from call to call.
     unset = kind != "regressor" and n == 2 and only != 1 and size < 2 and (post == "PROBIT" or size == 1)
     check(path, rows_around(rng, values, n_inputs, double, 60), 1 if unset else None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31), double=st.booleans(), aggregate=st.integers(0, 3), post=st.integers(0, 4),
+    tracks=st.booleans(), n_targets=st.integers(1, 3), members=st.booleans(),
+)  # fmt: skip
+def test_random_v5_ensembles_equal_onnxruntime(
+    tmp_path_factory, seed, double, aggregate, post, tracks, n_targets, members
+):
+    """TreeEnsemble of ai.onnx.ml 5: leaves apart from nodes, modes as numbers, sets of members."""
+    rng = np.random.default_rng(seed)
+    kind = np.float64 if double else np.float32
+    values = np.append(np.round(rng.normal(size=5), 1), [1, 2, 5]).astype(kind)
+    n_inputs = 3
+    names = "featureids splits modes truenodeids falsenodeids trueleafs falseleafs missing_value_tracks_true"
+    columns = {k: [] for k in names.split()}
+    leaves, roots, membership = [], [], []
+
+    def leaf():
+        leaves.append((int(rng.integers(n_targets)), float(kind(rng.normal() * 0.4))))
+        return len(leaves) - 1
+
+    def grow(depth):
+        i = len(columns["modes"])
+        mode = int(rng.integers(7 if members else 6))
+        columns["featureids"].append(int(rng.integers(n_inputs)))
+        columns["splits"].append(float(rng.choice(values)))
+        columns["modes"].append(mode)
+        columns["missing_value_tracks_true"].append(int(rng.random() < 0.4))
+        for name in ("truenodeids", "falsenodeids", "trueleafs", "falseleafs"):
+            columns[name].append(0)
+        if mode == 6:
+            # Whole numbers from 0 to 30, and others: ONNX Runtime has a way of its own for each. It takes no fractions.
+            pool = [-3, 0, 1, 31, 40, 1000] if rng.random() < 0.5 else np.arange(8)
+            membership.append([float(v) for v in rng.choice(pool, int(rng.integers(1, 5)), replace=False)])
+        for side in ("true", "false"):
+            is_leaf = depth == 0 or rng.random() < 0.3
+            child = leaf() if is_leaf else grow(depth - 1)
+            columns[f"{side}nodeids"][i], columns[f"{side}leafs"][i] = child, int(is_leaf)
+        return i
+
+    for _ in range(int(rng.integers(1, 8))):
+        roots.append(grow(int(rng.integers(4))))
+    real_kind = onnx.TensorProto.DOUBLE if double else onnx.TensorProto.FLOAT
+
+    def tensor(name, numbers, element=real_kind):
+        return helper.make_tensor(name, element, [len(numbers)], numbers)
+
+    attrs = {f"nodes_{k}": v for k, v in columns.items() if tracks or k != "missing_value_tracks_true"}
+    attrs["nodes_splits"] = tensor("s", columns["splits"])
+    attrs["nodes_modes"] = tensor("m", columns["modes"], onnx.TensorProto.UINT8)
+    attrs |= {"tree_roots": roots, "n_targets": n_targets, "aggregate_function": aggregate, "post_transform": post}
+    attrs |= {"leaf_targetids": [t for t, _ in leaves], "leaf_weights": tensor("w", [w for _, w in leaves])}
+    if membership:
+        flat = [v for group in membership for v in [*group, float("nan")]]
+        attrs["membership_values"] = tensor("v", flat)
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    node = helper.make_node("TreeEnsemble", ["X"], ["Y"], domain="ai.onnx.ml", **attrs)
+    save(path, [node], n_inputs, double, [("Y", real_kind)], opset=5)
+    check(path, rows_around(rng, [*values, *range(9), 31, 32, 40, 0.5, -1, -3], n_inputs, double, 60))
+
+
+@pytest.fixture(scope="module")
+def table():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1500, 6)).astype(np.float32)
+    return x, (x[:, 0] * x[:, 1] + x[:, 2] > 0).astype(int), (x[:, 0] > 0.5).astype(int) + (x[:, 1] > 0)
+
+
+def sklearn_models():
+    ensemble = pytest.importorskip("sklearn.ensemble")
+    tree = pytest.importorskip("sklearn.tree")
+    return {
+        "tree of depth 2": (tree.DecisionTreeClassifier(max_depth=2), 1),
+        "unlimited tree": (tree.DecisionTreeClassifier(), 1),
+        "forest": (ensemble.RandomForestClassifier(25, random_state=1), 1),
+        "forest of classes": (ensemble.RandomForestClassifier(10, random_state=1), 2),
+        "forest of numbers": (ensemble.RandomForestRegressor(10, random_state=1), 0),
+        "boosting": (ensemble.GradientBoostingClassifier(n_estimators=10), 1),
+        "boosting of classes": (ensemble.GradientBoostingClassifier(n_estimators=5), 2),
+        "boosting of numbers": (ensemble.GradientBoostingRegressor(n_estimators=10), 0),
+    }
+
+
+KINDS = ["tree of depth 2", "unlimited tree", "forest", "forest of classes", "boosting", "boosting of classes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "zipmap"),
+    [*((k, z) for k in KINDS for z in (False, True)), ("forest of numbers", False), ("boosting of numbers", False)],
+)
+def test_converted_from_scikit_learn(tmp_path, table, name, zipmap):
+    skl2onnx = pytest.importorskip("skl2onnx")
+    estimator, label = sklearn_models()[name]
+    x = table[0]
+    estimator.fit(x, table[label] if label else x[:, 0] + x[:, 1])
+    options = {} if label == 0 or zipmap else {"zipmap": False}
+    path = tmp_path / "model.onnx"
+    path.write_bytes(skl2onnx.to_onnx(estimator, x[:1], options=options).SerializeToString())
+    if not zipmap:
+        check(path, x[:300])
+        return
+    run = session(path)
+    want = [list(row.values()) for row in run.run([run.get_outputs()[-1].name], {"X": x[:300]})[0]]
+    np.testing.assert_array_equal(load_trees(path).predict(x[:300].astype(float)), want)
+
+
+@pytest.mark.parametrize("library", ["lightgbm", "xgboost"])
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_converted_from_boosting_libraries(tmp_path, table, library, label):
+    pytest.importorskip(library)
+    tools = pytest.importorskip("onnxmltools")
+    types = pytest.importorskip("onnxmltools.convert.common.data_types")
+    x, y = table[0], table[label] if label else table[0][:, 0]
+    if library == "lightgbm":
+        import lightgbm
+
+        kind = lightgbm.LGBMClassifier if label else lightgbm.LGBMRegressor
+        model = kind(n_estimators=10, verbose=-1, n_jobs=1).fit(x, y)
+        graph = tools.convert_lightgbm(model, initial_types=[("X", types.FloatTensorType([None, 6]))], zipmap=False)
+    else:
+        import xgboost
+
+        kind = xgboost.XGBClassifier if label else xgboost.XGBRegressor
+        model = kind(n_estimators=10, n_jobs=1).fit(x, y)
+        graph = tools.convert_xgboost(model, initial_types=[("X", types.FloatTensorType([None, 6]))])
+    path = tmp_path / "model.onnx"
+    path.write_bytes(graph.SerializeToString())
+    check(path, np.vstack([x[:300], rows_around(np.random.default_rng(0), x[:30, 0], 6, False, 100)]))
+
+
+def stump(**changed):
+    attrs = {
+        "nodes_treeids": [0, 0, 0], "nodes_nodeids": [0, 1, 2], "nodes_featureids": [0, 0, 0],
+        "nodes_modes": ["BRANCH_LEQ", "LEAF", "LEAF"], "nodes_values": [0.5, 0.0, 0.0], "nodes_truenodeids": [1, 0, 0],
+        "nodes_falsenodeids": [2, 0, 0], "target_treeids": [0, 0], "target_nodeids": [1, 2], "target_ids": [0, 0],
+        "target_weights": [1.0, 2.0], "n_targets": 1,
+    }  # fmt: skip
+    return helper.make_node("TreeEnsembleRegressor", ["A"], ["B"], domain="ai.onnx.ml", **(attrs | changed))
+
+
+def graph_of(path, before, after, dims, changed=None):
+    nodes = [*before, stump(**(changed or {})), *after]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("X", (before[0].input[0] == "X" and 11) or 1, dims)],
+        [helper.make_tensor_value_info("Y", 1, None)],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("ai.onnx.ml", 3)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+
+
+CAST = helper.make_node("Cast", ["X"], ["A"], to=1)
+NEG = helper.make_node("Neg", ["X"], ["C"])
+LAST = helper.make_node("Identity", ["B"], ["Y"])
+
+
+def test_a_cast_before_and_an_identity_after_are_passed_over(tmp_path):
+    path = tmp_path / "model.onnx"
+    graph_of(path, [CAST], [LAST], [None, 2])
+    x = np.array([[0.5, 9], [0.5000000001, 9], [0.50001, 9], [np.nan, 9]])
+    want = session(path).run(None, {"X": x})[0]
+    np.testing.assert_array_equal(load_trees(path).predict(x), want)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "dims", "changed", "says"),
+    [
+        ([NEG, helper.make_node("Cast", ["C"], ["A"], to=1)], [LAST], [None, 2], {}, "input is computed"),
+        ([CAST], [helper.make_node("Neg", ["B"], ["Y"])], [None, 2], {}, "Neg changes the scores"),
+        ([CAST], [helper.make_node("Cast", ["X"], ["Y"], to=1)], [None, 2], {}, "does not give the scores"),
+        ([CAST], [LAST], [None, None], {}, "how many inputs"),
+        ([CAST], [LAST], [None, 2], {"target_nodeids": [1, 1]}, "has no weight|several weights"),
+        ([CAST], [LAST], [None, 2], {"nodes_treeids": [0, 1, 0], "target_treeids": [1, 0]}, "stand together|not exist"),
+    ],
+)  # fmt: skip
+def test_another_graph_is_left_to_onnxruntime(tmp_path, before, after, dims, changed, says):
+    path = tmp_path / "model.onnx"
+    graph_of(path, before, after, dims, changed)
+    with pytest.raises((NotATreeModel, ValueError), match=says):
+        load_trees(path)
+
+
+def test_a_graph_without_trees_is_left_to_onnxruntime(tmp_path):
+    path = tmp_path / "model.onnx"
+    save(path, [helper.make_node("Neg", ["X"], ["Y"])], 2, False, [("Y", 1)])
+    with pytest.raises(NotATreeModel, match="0 tree ensembles"):
+        load_trees(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"nodes_values": [0.5]}, "nodes_values: 1 values, expected 3"),
+        ({"nodes_truenodeids": [7, 0, 0]}, "leads to node 7"),
+        ({"nodes_truenodeids": [0, 0, 0]}, "used twice"),
+        ({"nodes_nodeids": [0, 1, 1]}, "node 1 stands twice"),
+        ({"nodes_modes": ["BRANCH_UP", "LEAF", "LEAF"]}, "mode 'BRANCH_UP'"),
+        ({"nodes_featureids": [2, 0, 0]}, "feature 2, expected one of 0 to 1"),
+        ({"target_nodeids": [1, 9]}, "names node 9"),
+        ({"target_ids": [0, 3]}, "target 3"),
+        ({"n_targets": 0}, "0 targets"),
+        ({"post_transform": "CUBE"}, "CUBE"),
+        ({"base_values": [1.0, 2.0]}, "2 values for 1 targets"),
+    ],
+)
+def test_a_damaged_ensemble_names_the_place(tmp_path, changed, says):
+    path = tmp_path / "model.onnx"
+    graph_of(path, [CAST], [LAST], [None, 2], changed)
+    with pytest.raises(ValueError, match=says) as raised:
+        load_trees(path)
+    assert str(path) in str(raised.value)
+
+
+def test_damaged_bytes_never_crash(tmp_path, table):
+    skl2onnx = pytest.importorskip("skl2onnx")
+    sklearn = pytest.importorskip("sklearn.ensemble")
+    x, y, _ = table
+    path = tmp_path / "model.onnx"
+    forest = sklearn.RandomForestClassifier(3, max_depth=4, random_state=1).fit(x, y)
+    good = skl2onnx.to_onnx(forest, x[:1]).SerializeToString()
+    rng = np.random.default_rng(11)
+    refused = 0
+    for copy in damaged(good, rng, 600):
+        path.write_bytes(copy)
+        try:
+            model = load_trees(path)
+        except NotATreeModel:
+            continue
+        except ValueError as error:
+            refused += str(error).startswith(str(path))
+        else:
+            model.predict(np.zeros((3, model.n_inputs)))
+    assert refused > 100

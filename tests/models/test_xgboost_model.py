@@ -1,12 +1,12 @@
-"""XGBoost JSON and UBJSON models against XGBoost itself, bit for bit, and against an independent reading of the file."""
+"""XGBoost JSON and UBJSON models against XGBoost itself, bit for bit, and an independent reading of the file."""
 
 import json
 
 import numpy as np
 import pytest
+
 from oracles.tree_rows import damaged, every_variant, rows_at, ulps
 from oracles.trees import xgboost_raw
-
 from penstock.models.trees import TreeModel, load_trees, read_ensemble
 
 xgb = pytest.importorskip("xgboost")
@@ -121,8 +121,14 @@ def test_several_targets(data, tmp_path):
             np.testing.assert_array_equal(model.predict(x.astype(float)), want)
 
 
-@pytest.mark.parametrize("params", [{"objective": "binary:logistic"}, {"objective": "multi:softprob", "num_class": 3},
-                                    {"objective": "binary:logistic", "num_parallel_tree": 2, "subsample": 0.5}])  # fmt: skip
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"objective": "binary:logistic"},
+        {"objective": "multi:softprob", "num_class": 3},
+        {"objective": "binary:logistic", "num_parallel_tree": 2, "subsample": 0.5},
+    ],
+)
 def test_early_stopping_keeps_the_best_iteration(data, tmp_path, params):
     path = tmp_path / "model.json"
     x, y, y3 = data
@@ -139,8 +145,8 @@ def test_early_stopping_keeps_the_best_iteration(data, tmp_path, params):
 def test_pruned_nodes_are_left_out(data, tmp_path):
     path = tmp_path / "model.json"
     booster = train(data, {"objective": "binary:logistic", "tree_method": "exact", "gamma": 3.0, "max_depth": 8}, path)
-    assert any(int(t["tree_param"]["num_deleted"]) for t in json.loads(path.read_bytes())["learner"]["gradient_booster"][
-        "model"]["trees"])  # fmt: skip
+    trees = json.loads(path.read_bytes())["learner"]["gradient_booster"]["model"]["trees"]
+    assert any(int(tree["tree_param"]["num_deleted"]) for tree in trees)
     want = booster.predict(matrix(data[0]), output_margin=True).astype(float)
     np.testing.assert_array_equal(load_trees(path).predict_raw(data[0].astype(float))[:, 0], want)
 

@@ -55,7 +55,7 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
-    initializers: set[str] = field(default_factory=set)
+    initializers: dict[str, Any] = field(default_factory=dict)  # the value of single numbers, None for others
     opsets: dict[str, int] = field(default_factory=dict)
 
 
@@ -249,6 +249,14 @@ def _tensor(message: _Message) -> npt.NDArray[Any]:
     return message.integers(7 if kind == INT64 else 11 if kind in (12, 13) else 5).astype(dtype)
 
 
+def _single(message: _Message) -> Any:
+    """The only number of a small tensor."""
+    if message.integer(2, 0) not in _TENSOR_DTYPES or message.integers(1).tolist() not in ([], [1]):
+        return None
+    values = _tensor(message)
+    return values[0] if len(values) == 1 else None
+
+
 def _attribute(message: _Message) -> Any:
     kind = message.integer(20, 0)
     if kind == 1:
@@ -311,5 +319,6 @@ def read_graph(data: bytes) -> Graph:
         graph.nodes.append(node)
     graph.inputs = [_port(message) for message in graphs[0].messages(11)]
     graph.outputs = [_port(message) for message in graphs[0].messages(12)]
-    graph.initializers = {message.text(8) for message in graphs[0].messages(5)}
+    for message in graphs[0].messages(5):
+        graph.initializers[message.text(8)] = _single(message)
     return graph

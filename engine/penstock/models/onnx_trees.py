@@ -41,13 +41,30 @@ def _points_steps(points: list[float], single: bool) -> tuple[list[float], bool]
     return steps, first
 
 
+def _member_steps(members: list[float], single: bool) -> tuple[list[float], bool]:
+    """Steps of BRANCH_MEMBER. ONNX Runtime compares exactly while members lie in 0 to 30, else it truncates x."""
+    if len(members) < 31 and all(0 <= member <= 30 for member in members):
+        return _points_steps(members, single)
+    steps: list[float] = []
+    for k in sorted(set(members)):
+        # x truncates to 0 from (-1, 1), to k > 0 from [k, k + 1), to k < 0 from (k - 1, k].
+        first = -1.0 if k == 0 else below(k, single) if k > 0 else min(k - 1, below(k, single))
+        last = k if k < 0 else max(k, below(k + 1, single))
+        if steps and steps[-1] == first:
+            steps.pop()
+        else:
+            steps.append(first)
+        steps.append(last)
+    return steps, False
+
+
 def _add_branch(
     form: TreeEnsemble, feature: int, mode: str, values: list[float], true: int, false: int, tracks: bool, single: bool
 ) -> int:
     """A node of any mode. tracks: NaN takes the true branch; without it NaN takes it under BRANCH_NEQ only."""
     values = [value for value in values if not math.isnan(value)]
     if mode in ("BRANCH_EQ", "BRANCH_MEMBER"):
-        steps, first = _points_steps(values, single)
+        steps, first = (_points_steps if mode == "BRANCH_EQ" else _member_steps)(values, single)
         return form.add_node(feature, 0.0, true, false, tracks, steps, first)
     if mode == "BRANCH_NEQ":
         steps, first = _points_steps(values, single)
@@ -169,6 +186,7 @@ def _add_nodes(form: TreeEnsemble, a: _Attributes, prefix: str, double: bool) ->
         else:
             raise TreeError(f"tree {tree_ids[i]}: node {node_ids[i]} has mode {mode[:40]!r}")
     met: set[int] = set()
+    parents = [0] * n
     for i in range(n):
         if i == 0 or tree_ids[i] != tree_ids[i - 1]:
             if tree_ids[i] in met:
@@ -185,8 +203,11 @@ def _add_nodes(form: TreeEnsemble, a: _Attributes, prefix: str, double: bool) ->
                     f"tree {tree_ids[i]}: node {node_ids[i]} leads to node {ids_of[i]}, which does not exist"
                 )
             branches.append(place[child])
+            parents[child] += 1
         true, false = branches
         _add_branch(form, features[i], modes[i], [values[i]], true, false, tracks[i] == 1, not double)
+    if max(parents, default=0) > 1:
+        raise NotATreeModel("branches meet again: the graph is no tree")
 
 
 def _add_nodes_v5(form: TreeEnsemble, a: _Attributes, double: bool) -> None:
@@ -216,6 +237,8 @@ def _add_nodes_v5(form: TreeEnsemble, a: _Attributes, double: bool) -> None:
             if end == at:
                 raise TreeError(f"TreeEnsemble.membership_values: node {i} has no members")
             members[i], at = pool[at:end], end + 1
+            if not all(abs(member) < 1 << 31 and member == int(member) for member in members[i]):
+                raise NotATreeModel(f"node {i} has members that are no integers")
 
     def leaf(k: int) -> int:
         if not 0 <= k < len(targets):
@@ -293,10 +316,13 @@ def _find(graph: Graph) -> tuple[Node, int, bool]:
     for other in graph.nodes:
         read = set(other.inputs)
         if read & scores:
-            passes = other.op_type in ("Identity", "ZipMap") or (
-                other.op_type == "Cast" and other.attributes.get("to") == FLOAT
+            others = [graph.initializers.get(name) for name in other.inputs if name not in scores]
+            passes = (
+                other.op_type in ("Identity", "ZipMap")
+                or (other.op_type == "Cast" and other.attributes.get("to") == FLOAT)
+                or (other.op_type == "Mul" and others == [1])  # onnxmltools puts this under LightGBM's probabilities
             )
-            if not passes or len(other.inputs) != 1:
+            if not passes or len(other.inputs) - len(others) != 1:
                 raise NotATreeModel(f"{other.op_type} changes the scores")
             scores |= set(other.outputs)
         elif read & labels:
@@ -328,7 +354,8 @@ def parse_onnx(data: bytes) -> TreeEnsemble:
         aggregate, post = a.integer("aggregate_function", 1), a.integer("post_transform", 0)
         if not (0 <= aggregate < 4 and 0 <= post < 5):
             raise TreeError(f"TreeEnsemble: aggregate_function {aggregate}, post_transform {post}")
-        form.aggregate, form.onnx_post = aggregates[aggregate], post
+        # ONNX Runtime numbers LOGISTIC 1 and SOFTMAX 2, the specification the reverse: scores follow the former.
+        form.aggregate, form.onnx_post = aggregates[aggregate], (0, 2, 1, 3, 4)[post]
     else:
         post_name = a.text("post_transform", "NONE")
         if post_name not in _POSTS:
