@@ -36,7 +36,11 @@ def load_app(app: App) -> tuple[ModuleType | Mapping[str, Any], str]:
     except ImportError as error:
         if Path(text + ".py").is_file():
             raise DefinitionError(f"app {text}: no such module; for the file say {text}.py") from None
-        raise DefinitionError(f"app {text}: {error}") from None
+        raise DefinitionError(f"app {text}: {error}") from error
+    except DefinitionError:
+        raise
+    except Exception as error:
+        raise DefinitionError(f"app {text}: {type(error).__name__}: {error}") from error
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from . import __version__
-from .errors import PenstockError
+from .errors import DefinitionError, PenstockError
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 __all__ = ["main"]
 
@@ -60,5 +64,23 @@ def _check(app: str, models: str | None) -> int:
         from .engine import Engine
 
         Engine(app, models=models)
+    else:
+        _check_functions(plan)
     print(describe_plan(plan))
     return 0
+
+
+def _check_functions(plan: Plan) -> None:
+    """Compile the native functions: one that cannot be compiled is a wrong definition too."""
+    from .functions import FunctionError, compile_function
+
+    problems = []
+    for pipeline in plan.pipelines.values():
+        for step in pipeline.functions:
+            if step.definition.mode == "native":
+                try:
+                    compile_function(step.definition.function, step.argument_types, step.type, name=step.name)
+                except FunctionError as error:
+                    problems.append(f'pipeline "{pipeline.name}": {error}')
+    if problems:
+        raise DefinitionError(problems)
