@@ -77,6 +77,7 @@ cdef class HttpServer:
         size_t            *ends           # where the answers of each of them end in `out`
         Py_ssize_t         ends_cap
         object             call_soon
+        bint               called         # send_waiting will run
         char               date[48]
         size_t             date_n
 

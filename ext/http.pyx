@@ -58,6 +58,7 @@ cdef enum:
 
 cdef enum:
     OUT_SOFT = 65536           # answers of one read beyond this are written before the next is formed
+    SEND_TOGETHER = 16
     OUT_KEEP = 4194304         # an output buffer larger than this is given back once it is empty
     HEAD_CACHED = 1024         # longest head that is remembered
     DISCARD_MAX = 4194304      # bytes read and dropped after a refusal, so that the peer can read the answer
@@ -256,12 +257,14 @@ cdef class HttpServer:
     def send_waiting(self):
         """Send what the connections answered in this round of the loop (the loop calls it once per such round).
 
-        Sending at the end of a round wakes the peers once, not once per answer: 0.7 us less CPU per request.
+        Sending together wakes the peers once, not once per answer: 0.7 us less CPU per request. More than SEND_TOGETHER
+        would save little more, and the first of them would wait.
         """
+        self.called = False
         self.send_all()
 
     cdef int queue(self, Connection connection) except -1:
-        """Leave the answers formed since the last call to the end of the round."""
+        """Leave the answers formed since the last call to the end of the round, or to when there are enough."""
         cdef Py_ssize_t n = len(self.waiting)
         cdef size_t *grown
         if self.out_n == self.out_from:
@@ -275,11 +278,14 @@ cdef class HttpServer:
                     raise MemoryError()
                 self.ends = grown
                 self.ends_cap = 2 * n + 64
-            if n == 0:
+            if n == 0 and not self.called:
+                self.called = True
                 self.call_soon(self.send_waiting)
             self.waiting.append(connection)
         self.ends[n] = self.out_n
         self.out_from = self.out_n
+        if n + 1 >= SEND_TOGETHER:
+            self.send_all()
         return 0
 
     cdef int send_all(self) except -1:

@@ -301,3 +301,27 @@ def test_idle_connections_are_closed(wire):
         began = time.monotonic()
         assert client.closed()
         assert time.monotonic() - began < 2
+
+
+def test_every_connection_gets_its_own_answers(served, wire):
+    """All connections share one output buffer: answers, refusals and ends of connections at the same time."""
+    clients = [served.client() for _ in range(60)]
+    for turn in range(4):
+        for k, client in enumerate(clients):
+            for i in range(5):
+                event = wire.transaction(customer=f"own{k}", amount=1000 * k + 10 * turn + i)
+                client.send(wire.request("/v1/score/fraud?explain=true&ingest=false", event))
+            if k % 7 == turn:
+                client.send(
+                    b"GET /own%d HTTP/1.1\r\nHost: t\r\n%s\r\n" % (k, b"" if k % 2 else b"Connection: close\r\n")
+                )
+        for k, client in enumerate(clients):
+            for i in range(5):
+                assert client.read().json["features"]["amount"] == 1000 * k + 10 * turn + i
+            if k % 7 == turn:
+                assert f"'/own{k}'" in client.read().error["message"]
+                if k % 2 == 0:
+                    assert client.closed()
+                    clients[k] = served.client()
+    for client in clients:
+        client.close()
