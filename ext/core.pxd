@@ -107,6 +107,7 @@ ctypedef struct SourceC:
     int64_t max_skew
     uint64_t outcomes[8]
     uint32_t applied          # since the last sweep
+    uint32_t created          # entities, since the last sweep
 
 ctypedef struct PipeC:
     int n_slots

@@ -51,8 +51,9 @@ cdef extern from "time.h" nogil:
 
 cdef enum:
     MAX_ARMS = 64
-    SWEEP_EVERY = 64          # applied events between two sweeps
-    SWEEP_ENTITIES = 16       # entities looked at per sweep
+    SWEEP_EVERY = 64          # applied events between two sweeps,
+    SWEEP_CREATED = 16        # or new entities
+    SWEEP_ENTITIES = 4        # released per sweep at the most, beside twice the new ones
     OUT_OF_MEMORY = -1
 
 _cores = weakref.WeakSet()
@@ -569,6 +570,7 @@ cdef class Core:
                 if handles[i] == 0:
                     use = &source.uses[i]
                     handles[i] = use.api.find_or_create(use.store, &keys.key[use.key], keys.hash[use.key])
+                    source.created += 1
                     if handles[i] == 0:
                         for j in range(i):
                             source.uses[j].api.forget_unused(source.uses[j].store, handles[j])
@@ -750,10 +752,14 @@ cdef class Core:
 
     cdef void sweep(self, SourceC *source) noexcept nogil:
         cdef int i
-        if source.applied >= SWEEP_EVERY:
+        cdef uint32_t entities
+        if source.applied >= SWEEP_EVERY or source.created >= SWEEP_CREATED:
+            # Twice as many may go as came, so that a stream of new keys does not outrun the sweep.
+            entities = SWEEP_ENTITIES + 2 * source.created
             source.applied = 0
+            source.created = 0
             for i in range(source.n_uses):
-                source.uses[i].api.sweep(source.uses[i].store, source.watermark, SWEEP_ENTITIES)
+                source.uses[i].api.sweep(source.uses[i].store, source.watermark, entities)
 
     # one event
 

@@ -1779,6 +1779,10 @@ static int store_sweep(ps_store *S, int64_t watermark, uint32_t max_entities) {
     int64_t work = SWEEP_EVENTS;
     for (uint64_t n = 0; n < 8u * (uint64_t)max_entities && n < t->buckets && visited < 4 * max_entities; n++) {
         if (S->map->sweep_bucket >= t->buckets) S->map->sweep_bucket = 0;
+        if (S->map->sweep_bucket + 8 < t->buckets) {
+            ref_t ahead = bucket_at(S, t, S->map->sweep_bucket + 8)->next;
+            if (ahead) __builtin_prefetch(&AT(S, blob_t, ahead)->newest);
+        }
         ref_t ref = bucket_at(S, t, S->map->sweep_bucket)->next;
         while (ref) {
             blob_t *B = AT(S, blob_t, ref);
