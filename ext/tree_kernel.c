@@ -32,6 +32,8 @@
 #define ROWS 4           /* rows summed side by side: hides the latency of addition */
 #define WALK_ROWS 64     /* rows per block of the walk */
 #define STACK_BYTES 24576
+#define GROUP 16           /* cuts compared at once */
+#define PIVOTS_AT_MOST 128 /* beyond, a binary search is faster */
 
 typedef struct {
     double threshold;
@@ -42,7 +44,10 @@ typedef struct {
 typedef struct {
     uint32_t feature, n_cuts;
     const double *cuts;
-    uint32_t rank0; /* of its ranks: n_cuts + 1, and the last one for NaN */
+    const double *pivots; /* the last cut of every group of GROUP, then the groups, +inf where there is none; or NULL */
+    uint32_t n_pivots;    /* a multiple of GROUP */
+    uint32_t rank0;       /* of its ranks: n_cuts + 1, and the last one for NaN */
+    uint32_t row0;        /* its first table row: of a table that was not thinned, one per rank */
 } mask_feature;
 
 typedef struct {
@@ -84,7 +89,7 @@ struct ps_trees {
     /* MASKS */
     uint32_t n_used;
     mask_feature *used;
-    double *cuts;
+    double *cuts, *pivots;
     mask_rank *ranks;
     uint8_t *table;
     size_t row_bytes;
@@ -113,7 +118,7 @@ void ps_trees_free(ps_trees *m) {
     void *all[] = {m->base,     m->leaf0,   m->value,      m->value32,   m->target,     m->weight_begin, m->weight_target,
                    m->weight,   m->roots,   m->feature,    m->yes,       m->no,         m->steps_begin,  m->threshold,
                    m->steps,    m->nan_yes, m->steps_first, m->walk,     m->walk_leaf,  m->walk_root,    m->walk_order,
-                   m->used,     m->cuts,    m->ranks,      m->table,     m->late_tree,  m->late_mask};
+                   m->used,     m->cuts,    m->pivots,    m->ranks,      m->table,     m->late_tree,  m->late_mask};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
         free(all[i]);
     free(m);
@@ -588,6 +593,36 @@ static int build_masks(ps_trees *m, const node_place *places, size_t table_bytes
         at += m->used[u].n_cuts;
     }
 
+    at = 0;
+    for (u = 0; u < m->n_used; u++) {
+        uint32_t groups = m->used[u].n_cuts / GROUP + 1;
+        if (groups <= PIVOTS_AT_MOST)
+            at += (groups + GROUP - 1) / GROUP * GROUP + (size_t)groups * GROUP;
+    }
+    m->pivots = grab(m, at, sizeof(double));
+    if (!m->pivots) {
+        free(first);
+        goto done;
+    }
+    for (size_t k = 0; k < at; k++)
+        m->pivots[k] = INFINITY;
+    at = 0;
+    for (u = 0; u < m->n_used; u++) {
+        mask_feature *use = &m->used[u];
+        uint32_t groups = use->n_cuts / GROUP + 1;
+        if (groups > PIVOTS_AT_MOST)
+            continue;
+        use->n_pivots = (groups + GROUP - 1) / GROUP * GROUP;
+        double *to = m->pivots + at;
+        use->pivots = to;
+        for (uint32_t k = 0; k < use->n_cuts; k++) {
+            to[use->n_pivots + k] = use->cuts[k];
+            if (k % GROUP == GROUP - 1)
+                to[k / GROUP] = use->cuts[k];
+        }
+        at += use->n_pivots + (size_t)groups * GROUP;
+    }
+
     /* One table row per rank while that fits the cache, else one every so many nodes. */
     size_t target = table_bytes ? table_bytes : TABLE_BYTES;
     uint32_t every = 1;
@@ -618,6 +653,7 @@ static int build_masks(ps_trees *m, const node_place *places, size_t table_bytes
     uint32_t row = 0;
     for (u = 0; u < m->n_used; u++) {
         mask_feature *use = &m->used[u];
+        use->row0 = row;
         mask_rank *ranks = m->ranks + use->rank0;
         size_t begin = first[u], end = first[u + 1];
         if (!steps[use->feature]) {
@@ -1129,23 +1165,63 @@ __attribute__((target("avx2"))) static void and_rows_avx2(const uint8_t *const *
 }
 #endif
 
-/* Masks of all trees for one row of x. `from` is room for n_used pointers. */
-static void mask_row(const ps_trees *m, const double *x, const uint8_t **from, uint8_t *out) {
-    const mask_rank *ranks[64];
-    uint32_t n = m->n_used;
-    const uint8_t *table = m->table;
-    for (uint32_t u = 0; u < n; u++) {
+static inline double input(const ps_trees *m, const double *x, uint32_t f) {
+    return m->round_input ? (double)(float)x[f] : x[f];
+}
+
+/* Rank of every used feature in a row of x; the last rank is NaN's. */
+static void ranks_portable(const ps_trees *m, const double *x, uint32_t *rank) {
+    for (uint32_t u = 0; u < m->n_used; u++) {
         const mask_feature *use = &m->used[u];
-        double v = x[use->feature];
-        if (m->round_input)
-            v = (float)v;
-        uint32_t rank = count_below(use->cuts, use->n_cuts, v);
-        rank = v != v ? use->n_cuts + 1 : rank;
-        const mask_rank *at = &m->ranks[use->rank0 + rank];
-        if (u < 64)
-            ranks[u] = at;
-        from[u] = table + (size_t)at->row * m->row_bytes;
+        double v = input(m, x, use->feature);
+        uint32_t below = count_below(use->cuts, use->n_cuts, v);
+        rank[u] = v != v ? use->n_cuts + 1 : below;
     }
+}
+
+#ifdef HAVE_AVX2
+/* How many of GROUP numbers are below v. */
+__attribute__((target("avx2"))) static inline uint32_t count_group(const double *at, __m256d v) {
+    __m256i a = _mm256_castpd_si256(_mm256_cmp_pd(_mm256_load_pd(at), v, _CMP_LT_OQ));
+    __m256i b = _mm256_castpd_si256(_mm256_cmp_pd(_mm256_load_pd(at + 4), v, _CMP_LT_OQ));
+    __m256i c = _mm256_castpd_si256(_mm256_cmp_pd(_mm256_load_pd(at + 8), v, _CMP_LT_OQ));
+    __m256i d = _mm256_castpd_si256(_mm256_cmp_pd(_mm256_load_pd(at + 12), v, _CMP_LT_OQ));
+    __m256i all = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    return (uint32_t)__builtin_popcount((uint32_t)_mm256_movemask_epi8(all)) / 2; /* two bytes are left of each */
+}
+
+__attribute__((target("avx2"))) static void ranks_avx2(const ps_trees *m, const double *x, uint32_t *rank) {
+    for (uint32_t u = 0; u < m->n_used; u++) {
+        const mask_feature *use = &m->used[u];
+        double v = input(m, x, use->feature);
+        uint32_t below = 0;
+        if (use->pivots) {
+            __m256d all = _mm256_set1_pd(v);
+            for (uint32_t k = 0; k < use->n_pivots; k += GROUP)
+                below += count_group(use->pivots + k, all);
+            below = GROUP * below + count_group(use->pivots + use->n_pivots + GROUP * below, all);
+        } else
+            below = count_below(use->cuts, use->n_cuts, v);
+        rank[u] = v != v ? use->n_cuts + 1 : below;
+    }
+}
+#endif
+
+/* Masks of all trees for one row of x. `from` and `rank` are room for n_used each. */
+static void mask_row(const ps_trees *m, const double *x, const uint8_t **from, uint32_t *rank, uint8_t *out) {
+    uint32_t n = m->n_used;
+#ifdef HAVE_AVX2
+    if (m->simd == PS_SIMD_AVX2)
+        ranks_avx2(m, x, rank);
+    else
+#endif
+        ranks_portable(m, x, rank);
+    if (m->sampled)
+        for (uint32_t u = 0; u < n; u++)
+            from[u] = m->table + (size_t)m->ranks[m->used[u].rank0 + rank[u]].row * m->row_bytes;
+    else
+        for (uint32_t u = 0; u < n; u++)
+            from[u] = m->table + (size_t)(m->used[u].row0 + rank[u]) * m->row_bytes;
 #ifdef HAVE_AVX2
     if (m->simd == PS_SIMD_AVX2)
         and_rows_avx2(from, n, out, m->row_bytes);
@@ -1155,14 +1231,7 @@ static void mask_row(const ps_trees *m, const double *x, const uint8_t **from, u
     if (!m->sampled)
         return;
     for (uint32_t u = 0; u < n; u++) {
-        const mask_rank *at;
-        if (u < 64)
-            at = ranks[u];
-        else {
-            const mask_feature *use = &m->used[u];
-            double v = m->round_input ? (double)(float)x[use->feature] : x[use->feature];
-            at = &m->ranks[use->rank0 + (v != v ? use->n_cuts + 1 : count_below(use->cuts, use->n_cuts, v))];
-        }
+        const mask_rank *at = &m->ranks[m->used[u].rank0 + rank[u]];
         if (m->mask_bits == 32)
             for (uint32_t j = at->begin; j < at->end; j++)
                 ((uint32_t *)out)[m->late_tree[j]] &= ((const uint32_t *)m->late_mask)[j];
@@ -1222,7 +1291,7 @@ int ps_trees_predict(const ps_trees *m, const double *x, size_t rows, size_t str
     if (m->layout == PS_LAYOUT_MASKS) {
         block = m->single && rows >= ROWS ? ROWS : 1;
         first = m->row_bytes * block;
-        second = m->n_used * sizeof(uint8_t *);
+        second = m->n_used * (sizeof(uint8_t *) + sizeof(uint32_t));
     } else if (m->layout == PS_LAYOUT_WALK) {
         block = rows < 8 ? 1 : rows < WALK_ROWS ? (uint32_t)rows : WALK_ROWS;
         first = (size_t)block * 2 * m->n_inputs * sizeof(double);
@@ -1246,7 +1315,8 @@ int ps_trees_predict(const ps_trees *m, const double *x, size_t rows, size_t str
         const double *from = x + r * stride;
         if (m->layout == PS_LAYOUT_MASKS) {
             for (uint32_t k = 0; k < n; k++)
-                mask_row(m, from + k * stride, (const uint8_t **)(room + first), room + k * m->row_bytes);
+                mask_row(m, from + k * stride, (const uint8_t **)(room + first),
+                         (uint32_t *)(room + first + m->n_used * sizeof(uint8_t *)), room + k * m->row_bytes);
             if (m->single) {
                 if (m->accumulate32)
                     (m->mask_bits == 32 ? sum_masks_32_f32 : sum_masks_64_f32)(m, room, n, acc + m->only);
