@@ -24,7 +24,9 @@ C_FILES: dict[str, list[str]] = {
     "onnx": ["onnx_session.c"],
     "events": [],
     "decision": [],
+    "steps": [],
     "core": [],
+    "batch": [],
     "http": [],
 }
 

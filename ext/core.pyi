@@ -1,42 +1,10 @@
-"""Types of the engine core. Tuples that only penstock.engine builds are described in core.pyx."""
+"""Types of the engine core."""
 
-from collections.abc import Callable
 from typing import Any
 
-from penstock.plan import EventPlan, PipelinePlan
-
-from .decision import Decision, DecisionTexts
-from .events import EventReader
+from .decision import Decision
+from .steps import Pipe, Source
 from .windows import WindowStore
-
-class Source:
-    name: str
-    index: int
-    reader: EventReader
-    def __init__(self, plan: EventPlan, reader: EventReader) -> None: ...
-    def add_stores(self, stores: list[tuple[Any, ...]]) -> None: ...
-    @property
-    def watermark(self) -> int | None: ...
-
-class Pipe:
-    name: str
-    index: int
-    source: Source
-    def __init__(self, plan: PipelinePlan, source: Source, texts: DecisionTexts) -> None: ...
-    def add_reads(self, reads: list[tuple[Any, ...]]) -> None: ...
-    def add_functions(self, functions: list[tuple[Any, ...]]) -> None: ...
-    def add_experiments(self, experiments: list[tuple[Any, ...]]) -> None: ...
-    def add_models(self, models: list[tuple[Any, ...]]) -> None: ...
-    def add_rules(self, rules: list[tuple[Any, int]]) -> None: ...
-    @property
-    def decision_texts(self) -> DecisionTexts: ...
-    @property
-    def widths(self) -> tuple[int, int]: ...
-
-class VerdictColumns:
-    def __init__(
-        self, ids: Any, action: Any, model: Any, failed: Any, score: Any, fired: Any, arms: Any, outcome: Any
-    ) -> None: ...
 
 class Core:
     sources: list[Source]
@@ -68,16 +36,3 @@ class Core:
     ) -> list[tuple[list[Any], list[str]]]: ...
     def store_stats(self) -> list[tuple[int, int, int, int]]: ...
     def counters(self) -> dict[str, dict[str, Any]]: ...
-    def run_table(
-        self,
-        tables: list[tuple[Any, ...]],
-        order: Any,
-        out: list[tuple[int, int, int, int]],
-        pipeline: int,
-        ingest: bool,
-        verdicts_out: VerdictColumns | None,
-        progress: Callable[[int], None] | None,
-    ) -> list[list[str | None] | None]: ...
-
-class BatchRun:
-    def run(self) -> list[list[str | None] | None]: ...

@@ -27,7 +27,8 @@ class RequestError(Exception):
 class Route:
     """One path of the server and its counters.
 
-    kind: "score", "events" (answered natively) or "handler" (`handler(query, body) -> (status, content type, payload)`).
+    kind: "score", "events" (answered natively) or "handler":
+    `handler(query, body) -> (status, content type, payload)`.
     """
 
     @property

@@ -14,9 +14,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from ._ext.core import Core, Pipe, Source, VerdictColumns
+from ._ext.batch import VerdictColumns, run_table
+from ._ext.core import Core
 from ._ext.decision import OUTCOMES, Decision, DecisionTexts
 from ._ext.events import EventReader
+from ._ext.steps import Pipe, Source
 from ._ext.windows import Output as NativeOutput
 from ._ext.windows import WindowStore
 from .app import App, load_plan
@@ -185,7 +187,7 @@ class Engine:
         table = arrow_table(data)
         columns = column_set(table, plan, self._keys[plan.name], self._aggregated[plan.name])
         before = self.core.counters()["outcomes"][plan.name]
-        self.core.run_table([(plan.index, columns, False)], None, [], -1, True, None, None)
+        run_table(self.core, [(plan.index, columns, False)], None, [], -1, True, None, None)
         after = self.core.counters()["outcomes"][plan.name]
         return {name: after[name] - before[name] for name in OUTCOMES if name != "off"}
 
@@ -384,7 +386,7 @@ class Engine:
         inputs = runtime.inputs
         if inputs is None:
             raise DefinitionError(
-                f"the file names no inputs; say Model({step.model.ref!r}, inputs=[...]), its {runtime.n_inputs} features"
+                f"the file has no names; say Model({step.model.ref!r}, inputs=[...]), its {runtime.n_inputs} features"
             )
         if len(inputs) != runtime.n_inputs:
             raise DefinitionError(f"takes {runtime.n_inputs} inputs, {len(inputs)} are named: {', '.join(inputs)}")
@@ -445,7 +447,7 @@ class Engine:
         progress: Progress | None,
     ) -> Any:
         if plan is None:
-            self.core.run_table(sets, order, [], -1, ingest, None, progress)
+            run_table(self.core, sets, order, [], -1, ingest, None, progress)
             return None
         slots = [plan.slots[i] for i in plan.features] if features else []
         if decisions:
@@ -468,7 +470,7 @@ class Engine:
                 "outcome": np.empty(rows, dtype=np.uint8),
             }
             verdicts = VerdictColumns(**arrays)
-        texts = self.core.run_table(sets, order, columns.native, plan.index, ingest, verdicts, progress)
+        texts = run_table(self.core, sets, order, columns.native, plan.index, ingest, verdicts, progress)
         pa = pyarrow()
         names = [slot.name for slot in columns.slots]
         out = dict(zip(names, columns.arrays(texts)))

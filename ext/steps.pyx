@@ -1,0 +1,320 @@
+"""What a Plan is while it runs (hot path): event types, pipelines and rows as flat C arrays, built once at load.
+
+What must stay true: everything here is fixed after load but counters, watermarks and remembered ids; the steps that
+run over it are in core.pyx.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.stdint cimport uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from penstock.errors import EngineError
+
+from penstock._ext.decision cimport MAX_EXPERIMENTS
+from penstock._ext.events cimport ps_arena_append
+from penstock._ext.expressions cimport Program
+from penstock._ext.split cimport Assigner
+from penstock._ext.windows cimport WindowStore
+
+from penstock._ext.events import TYPE_CODES
+
+
+cdef void *checked(size_t count, size_t size) except NULL:
+    cdef void *memory = calloc(count if count else 1, size)
+    if memory == NULL:
+        raise MemoryError()
+    return memory
+
+
+cdef class Source:
+    """One event type in a running engine: its reader, the stores it updates, its watermark, its remembered ids."""
+
+    def __cinit__(self, plan, EventReader reader):
+        memset(&self.c, 0, sizeof(SourceC))
+        self.reader = reader
+        self.name = plan.name
+        self.index = plan.index
+        self.c.n_fields = len(plan.fields)
+        self.c.time = plan.time
+        self.c.watermark = -(<int64_t>1 << 61)
+        self.c.lateness = plan.options.lateness
+        self.c.max_skew = plan.options.max_skew
+        self.has_id = plan.event_id is not None
+        self.remember = plan.options.lateness + plan.options.retry_window
+        self.turned = self.c.watermark
+        self.seen = {}
+        self.seen_before = {}
+        self.keep = []
+
+    def __dealloc__(self):
+        cdef int i
+        if self.c.uses != NULL:
+            for i in range(self.c.n_uses):
+                free(self.c.uses[i].fields)
+                free(self.c.uses[i].programs)
+        free(self.c.uses)
+
+    cdef int add_key(self, int slot, bint is_int, bint to_int) except -1:
+        return add_key(self.c.keys, &self.c.n_keys, slot, is_int, to_int)
+
+    def add_stores(self, list stores):
+        """stores: (WindowStore, key slot, key is int, key becomes int, [field of each column], [Program])."""
+        cdef int i, j
+        cdef Use *use
+        cdef WindowStore store
+        cdef Program program
+        if len(stores) > MAX_STORES:
+            raise EngineError(f"event {self.name}: more than {MAX_STORES} entities")
+        self.c.uses = <Use *>checked(len(stores), sizeof(Use))
+        self.c.n_uses = len(stores)
+        for i, (store, slot, is_int, to_int, fields, programs) in enumerate(stores):
+            use = &self.c.uses[i]
+            use.api = store.api
+            use.store = store.ptr
+            use.key = self.add_key(slot, is_int, to_int)
+            use.n_columns = len(fields)
+            if use.n_columns > MAX_COLUMNS:
+                raise EngineError(f"event {self.name}: more than {MAX_COLUMNS} columns are aggregated for one entity")
+            use.fields = <int *>checked(len(fields), sizeof(int))
+            for j in range(use.n_columns):
+                use.fields[j] = fields[j]
+            use.n_where = len(programs)
+            use.programs = <const ps_program **>checked(len(programs), sizeof(void *))
+            for j, program in enumerate(programs):
+                use.programs[j] = program.ptr
+                use.expressions = program.api
+            self.keep.append((store, programs))
+
+    cdef dict home_of(self, object id):
+        """Which generation remembers an event id, or None."""
+        if id in self.seen:
+            return self.seen
+        return self.seen_before if id in self.seen_before else None
+
+    cdef void turn_over(self, int64_t watermark):
+        """Forget event ids older than lateness + retry_window behind the watermark; some are kept twice as long."""
+        if watermark - self.turned > self.remember:
+            self.seen_before = self.seen if watermark - self.turned <= 2 * self.remember else {}
+            self.seen = {}
+            self.turned = watermark
+
+    cdef void judge(self, int64_t at, int64_t ingest_time, int64_t *watermark) noexcept nogil:
+        """The watermark that an event will leave behind, as Core.advance will decide (S14)."""
+        if at <= ingest_time + self.c.max_skew and watermark[0] - at <= self.c.lateness and at > watermark[0]:
+            watermark[0] = at
+
+    @property
+    def watermark(self):
+        """Largest event time accepted so far, microseconds; None before the first."""
+        return self.c.watermark if self.c.watermark > -(<int64_t>1 << 61) else None
+
+
+cdef int add_key(KeyRef *keys, int *n, int slot, bint is_int, bint to_int) except -1:
+    cdef int i
+    for i in range(n[0]):
+        if keys[i].slot == slot and keys[i].to_int == to_int:
+            return i
+    if n[0] == MAX_KEYS:
+        raise EngineError(f"more than {MAX_KEYS} different keys in one event")
+    keys[n[0]].slot = slot
+    keys[n[0]].is_int = is_int
+    keys[n[0]].to_int = to_int
+    n[0] += 1
+    return n[0] - 1
+
+
+cdef class Pipe:
+    """One pipeline in a running engine: its steps as flat arrays."""
+
+    def __cinit__(self, plan, Source source, DecisionTexts texts):
+        cdef int i
+        memset(&self.c, 0, sizeof(PipeC))
+        self.source = source
+        self.name = plan.name
+        self.index = plan.index
+        self.texts = texts
+        self.keep = []
+        self.slot_types = tuple(slot.type for slot in plan.slots)
+        self.c.n_slots = len(plan.slots)
+        self.c.n_keys = source.c.n_keys
+        for i in range(source.c.n_keys):
+            self.c.keys[i] = source.c.keys[i]
+        self.c.score = -1 if plan.score is None else plan.score
+        self.c.default_action = texts.actions.index(plan.default_action)
+        self.c.fallback = -1 if plan.fallback is None else texts.actions.index(plan.fallback)
+        self.c.action_counts = <uint64_t *>checked(len(texts.actions), sizeof(uint64_t))
+        self.c.model_counts = <uint64_t *>checked(len(texts.models), sizeof(uint64_t))
+        self.c.arm_counts = <uint64_t *>checked(MAX_EXPERIMENTS * (MAX_ARMS + 1), sizeof(uint64_t))
+
+    def __dealloc__(self):
+        cdef int i
+        for i in range(self.c.n_reads):
+            free(self.c.reads[i].defaults)
+        for i in range(self.c.n_functions):
+            free(self.c.functions[i].args)
+            free(self.c.functions[i].arg_types)
+        for i in range(self.c.n_assigns):
+            free(self.c.assigns[i].arms)
+        for i in range(self.c.n_models):
+            free(self.c.models[i].inputs)
+            free(self.c.models[i].types)
+        free(self.c.reads)
+        free(self.c.functions)
+        free(self.c.assigns)
+        free(self.c.models)
+        free(self.c.rules)
+        free(self.c.action_counts)
+        free(self.c.model_counts)
+        free(self.c.arm_counts)
+
+    def add_reads(self, list reads):
+        """reads: (WindowStore, group, key slot, key is int, key becomes int, first slot, n outputs, include, defaults);
+        defaults: (slot, 8 bytes)."""
+        cdef int i, j
+        cdef Read *read
+        cdef WindowStore store
+        self.c.reads = <Read *>checked(len(reads), sizeof(Read))
+        self.c.n_reads = len(reads)
+        for i, (store, group, slot, is_int, to_int, first, n_outputs, with_event, defaults) in enumerate(reads):
+            read = &self.c.reads[i]
+            read.api = store.api
+            read.store = store.ptr
+            read.group = group
+            read.key = add_key(self.c.keys, &self.c.n_keys, slot, is_int, to_int)
+            read.first = first
+            read.n_outputs = n_outputs
+            read.with_event = with_event
+            read.strings = "string" in self.slot_types[first:first + n_outputs]
+            read.use = -1
+            for j in range(self.source.c.n_uses):
+                if self.source.c.uses[j].store == store.ptr and self.source.c.uses[j].key == read.key:
+                    read.use = j
+            read.n_defaults = len(defaults)
+            read.defaults = <Default *>checked(len(defaults), sizeof(Default))
+            for j, (slot, value) in enumerate(defaults):
+                read.defaults[j].slot = slot
+                memcpy(&read.defaults[j].value, PyBytes_AS_STRING(value), 8)
+            self.keep.append(store)
+
+    def add_functions(self, list functions):
+        """functions: (address or None, Python callable or None, [argument slots], [argument types], slot, type)."""
+        cdef int i, j
+        cdef Function *function
+        self.c.functions = <Function *>checked(len(functions), sizeof(Function))
+        self.c.n_functions = len(functions)
+        calls = []
+        for i, (address, call, args, arg_types, slot, type) in enumerate(functions):
+            function = &self.c.functions[i]
+            function.call = <native_function><uintptr_t>(address or 0)
+            calls.append(call)
+            function.n_args = len(args)
+            if len(args) > MAX_ARGUMENTS:
+                raise EngineError(f"pipeline {self.name}: a function takes at most {MAX_ARGUMENTS} features")
+            function.args = <int *>checked(len(args), sizeof(int))
+            function.arg_types = <uint8_t *>checked(len(args), 1)
+            for j in range(len(args)):
+                function.args[j] = args[j]
+                function.arg_types[j] = TYPE_CODES[arg_types[j]]
+            function.slot = slot
+            function.type = TYPE_CODES[type]
+        self.python_functions = tuple(calls)
+
+    def add_experiments(self, list experiments):
+        """experiments: (Assigner, unit slot, unit is int, slot, [PS_STR of each arm])."""
+        cdef int i, j
+        cdef Assign *assign
+        cdef Assigner assigner
+        self.c.assigns = <Assign *>checked(len(experiments), sizeof(Assign))
+        self.c.n_assigns = len(experiments)
+        for i, (assigner, unit, is_int, slot, arms) in enumerate(experiments):
+            assign = &self.c.assigns[i]
+            assign.experiment = assigner.ptr
+            assign.api = assigner.api
+            assign.unit = unit
+            assign.unit_is_int = is_int
+            assign.slot = slot
+            if len(arms) > MAX_ARMS:
+                raise EngineError(f"pipeline {self.name}: an experiment has at most {MAX_ARMS} arms")
+            assign.arms = <uint64_t *>checked(len(arms), sizeof(uint64_t))
+            for j in range(len(arms)):
+                assign.arms[j] = arms[j]
+            self.keep.append(assigner)
+
+    def add_models(self, list models):
+        """models: (runtime, address of its ps_model, [input slots], [types], output, slot, index, guard, decides,
+        row by row)."""
+        cdef int i, j
+        cdef ModelRun *run
+        self.c.models = <ModelRun *>checked(len(models), sizeof(ModelRun))
+        self.c.n_models = len(models)
+        for i, (runtime, address, inputs, types, output, slot, index, guard, decides, row_by_row) in enumerate(models):
+            run = &self.c.models[i]
+            run.model = <const ps_model *><uintptr_t>address
+            run.n_inputs = len(inputs)
+            run.inputs = <int *>checked(len(inputs), sizeof(int))
+            run.types = <uint8_t *>checked(len(inputs), 1)
+            for j in range(len(inputs)):
+                run.inputs[j] = inputs[j]
+                run.types[j] = TYPE_CODES[types[j]]
+            run.output = output
+            run.slot = slot
+            run.index = index
+            run.guard_experiment = -1 if guard is None else guard[0]
+            run.guard_arm = -1 if guard is None else guard[1]
+            run.decides = decides
+            run.row_by_row = row_by_row
+            self.keep.append(runtime)
+
+    def add_rules(self, list rules):
+        """rules: (Program, index of its action)."""
+        cdef int i
+        cdef Program program
+        self.c.rules = <RuleRun *>checked(len(rules), sizeof(RuleRun))
+        self.c.n_rules = len(rules)
+        for i, (program, action) in enumerate(rules):
+            self.c.rules[i].program = program.ptr
+            self.c.rules[i].api = program.api
+            self.c.rules[i].action = action
+            self.keep.append(program)
+
+    @property
+    def decision_texts(self):
+        return self.texts
+
+    @property
+    def widths(self):
+        """(inputs, outputs) of the widest model."""
+        cdef int i, widest = 1, outputs = 1
+        for i in range(self.c.n_models):
+            widest = max(widest, self.c.models[i].n_inputs)
+            outputs = max(outputs, <int>self.c.models[i].model.n_outputs)
+        return widest, outputs
+
+
+cdef class Rows:
+    def __cinit__(self, int capacity, int width, int inputs, int outputs, bytes constants):
+        cdef uint64_t ignored
+        self.capacity = capacity
+        self.width = max(1, width)
+        self.slots = <ps_slot *>checked(capacity * self.width, sizeof(ps_slot))
+        self.status = <uint8_t *>checked(capacity * self.width, 1)
+        self.keys = <RowKeys *>checked(capacity, sizeof(RowKeys))
+        self.verdicts = <Verdict *>checked(capacity, sizeof(Verdict))
+        self.matrix = <double *>checked(capacity * inputs, sizeof(double))
+        self.scores = <double *>checked(capacity * outputs, sizeof(double))
+        self.picked = <int *>checked(capacity, sizeof(int))
+        self.ingest_times = <int64_t *>checked(capacity, sizeof(int64_t))
+        if ps_arena_append(&self.arena, PyBytes_AS_STRING(constants), PyBytes_GET_SIZE(constants), &ignored) != 0:
+            raise MemoryError()
+
+    def __dealloc__(self):
+        free(self.slots)
+        free(self.status)
+        free(self.keys)
+        free(self.verdicts)
+        free(self.matrix)
+        free(self.scores)
+        free(self.picked)
+        free(self.ingest_times)
+        free(self.arena.data)
