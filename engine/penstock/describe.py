@@ -68,7 +68,9 @@ def describe_plan(plan: Plan) -> str:
                         s.event,
                         s.entity,
                         ", ".join(plan.events[s.event].fields[c].name for c in s.columns) or "-",
-                        "for ever" if s.retention is None else _length(s.retention),
+                        "for ever"
+                        if s.retention is None
+                        else f"{_length(s.retention - s.lateness)} + {_length(s.lateness)}",
                         f"{s.fingerprint:016x}",
                     ]
                     for s in plan.stores
