@@ -58,9 +58,9 @@ Feature views
                                                  spend.mean_amount_7d  float64  7d      [T-W, T)  0.5      -
 
 State
-  source  entity    columns  kept  layout
-  ------  --------  -------  ----  ----------------
-  Pay     customer  amount   170h  {layout:016x}
+  source  entity    columns  kept     layout
+  ------  --------  -------  -------  ----------------
+  Pay     customer  amount   7d + 2h  {layout:016x}
 
 Pipeline fraud on Pay: 5 features
   step      what        when                          result
