@@ -20,6 +20,9 @@ from penstock._ext.windows cimport WindowStore
 from penstock._ext.events import TYPE_CODES
 
 
+cdef int64_t NO_WATERMARK = -(<int64_t>1 << 61)   # before the first event
+
+
 cdef void *checked(size_t count, size_t size) except NULL:
     cdef void *memory = calloc(count if count else 1, size)
     if memory == NULL:
@@ -37,7 +40,7 @@ cdef class Source:
         self.index = plan.index
         self.c.n_fields = len(plan.fields)
         self.c.time = plan.time
-        self.c.watermark = -(<int64_t>1 << 61)
+        self.c.watermark = NO_WATERMARK
         self.c.lateness = plan.options.lateness
         self.c.max_skew = plan.options.max_skew
         self.has_id = plan.event_id is not None
@@ -94,7 +97,9 @@ cdef class Source:
 
     cdef void turn_over(self, int64_t watermark):
         """Forget event ids older than lateness + retry_window behind the watermark; some are kept twice as long."""
-        if watermark - self.turned > self.remember:
+        if self.turned == NO_WATERMARK:
+            self.turned = watermark
+        elif watermark - self.turned > self.remember:
             self.seen_before = self.seen if watermark - self.turned <= 2 * self.remember else {}
             self.seen = {}
             self.turned = watermark
@@ -107,7 +112,7 @@ cdef class Source:
     @property
     def watermark(self):
         """Largest event time accepted so far, microseconds; None before the first."""
-        return self.c.watermark if self.c.watermark > -(<int64_t>1 << 61) else None
+        return self.c.watermark if self.c.watermark != NO_WATERMARK else None
 
 
 cdef int add_key(KeyRef *keys, int *n, int slot, bint is_int, bint to_int) except -1:

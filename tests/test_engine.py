@@ -585,6 +585,19 @@ def test_ids_are_kept_for_lateness_and_retry_window_and_not_for_ever(way):
     assert pass_by(order("n1", 199)) == "applied"
 
 
+@pytest.mark.parametrize("batch", [False, True])
+def test_an_id_from_before_the_first_event_is_kept(batch):
+    """A quarantined event moves no watermark; the first event that does, from nowhere, forgets nothing."""
+    engine = make("wall", ORDERS)
+    day = int(time.time() * SECOND) - T0
+    rows = [{**order("a"), "at": T0 + 2 * day}, {**order("b"), "at": T0 + day}, {**order("a"), "at": T0 + day}]
+    if batch:
+        outcomes = engine.score_batch(pa.Table.from_pylist(rows))["outcome"].to_pylist()
+    else:
+        outcomes = [engine.score(row).outcome for row in rows]
+    assert outcomes == ["quarantined", "applied", "duplicate"]
+
+
 def test_a_table_forgets_ids_as_its_rows_would():
     rows = [order(str(i % 97), i // 3) for i in range(1000)]
     one, many = make(app=ORDERS), make(app=ORDERS)

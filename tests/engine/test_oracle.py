@@ -5,6 +5,7 @@ What must stay true: the same outcomes, actions, reasons, arms, values (bit for 
 
 import math
 import struct
+import time
 from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
@@ -343,6 +344,24 @@ def traces(engine):
         for e, counts in counters["outcomes"].items()
     }
     return counters, engine.core.store_stats(), [engine.core.watermark(i) for i in range(2)]
+
+
+@quick
+@given(apps(), st.lists(st.tuples(st.booleans(), rows_a(st.integers(0, 12)), st.booleans()), max_size=25))
+def test_events_from_the_future_are_quarantined(app, operations):
+    """Wall clock: an event days ahead is scored with itself counted, and neither applied nor the watermark (S14)."""
+    now = time.time_ns() // 1000
+    slow = SlowEngine(app, clock="wall")
+    engine = Engine(definitions(app), clock="wall")
+    for is_score, row, ahead in operations:
+        row = {**row, "at": row["at"] - BASE + now // SECOND * SECOND + (2 if ahead else -1) * 86400 * SECOND}
+        if is_score:
+            same(engine.score(row, explain=True), slow.score(row, now=now))
+        else:
+            assert engine.ingest(row, event="A") == slow.ingest("A", row, now)
+    assert engine.core.counters()["outcomes"] == slow.outcomes
+    newest = slow.watermark["A"]
+    assert engine.core.watermark(0) == (None if newest == -math.inf else newest)
 
 
 def test_the_oracle_can_fail():
