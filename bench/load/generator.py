@@ -97,6 +97,12 @@ def cpu_seconds(pid: int) -> float:
     return total
 
 
+def busy_seconds() -> float:
+    """CPU seconds that all processes of this machine have used since it started, stolen time included."""
+    fields = [int(v) for v in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
 def answer_of(port: int, method: str, path: str, body: bytes | None, timeout: float = 5.0) -> tuple[int, bytes]:
     """Status and body of one request on a new connection."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
