@@ -1,4 +1,5 @@
-# The four commands: make test, make lint, make demo, make bench. Each makes .venv and installs what it needs.
+# The four commands: make test, make lint, make demo, make bench. Each makes .venv and installs what it needs; none needs
+# another first. ARGS are passed on: make demo ARGS=--no-serve, make test ARGS=tests/ext, make bench ARGS='--only trees'.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,27 +17,36 @@ tools:
 $(BIN)/python: | tools
 	@$(PYTHON) -m venv $(VENV)
 
-# One stamp per set of extras, made anew when a native source or the dependencies change.
-$(VENV)/installed-%: $(NATIVE) | $(BIN)/python
-	@echo "installing penstock[$*] into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# The extensions, built in place, anew when a native source changes.
+$(VENV)/built: $(NATIVE) | $(BIN)/python
+	@echo "building penstock into $(VENV)"
+	@$(PIP) -e .
 	@touch $@
 
-test: $(VENV)/installed-test
+# The package's requirements and those of one extra.
+$(VENV)/extra-%: pyproject.toml .ci/requirements.py | $(BIN)/python
+	@echo "installing what '$*' needs into $(VENV)"
+	@$(BIN)/python .ci/requirements.py $* > $@.txt
+	@$(PIP) -r $@.txt
+	@touch $@
+
+test: $(VENV)/built $(VENV)/extra-test
 	@$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/installed-lint
+lint: $(VENV)/extra-lint
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-demo: $(VENV)/installed-demo
+demo: $(VENV)/built $(VENV)/extra-demo
 	@$(BIN)/penstock demo $(ARGS)
 
-bench: $(VENV)/installed-bench
+bench: $(VENV)/built $(VENV)/extra-bench
 	@$(BIN)/python bench/run.py $(ARGS)
 
-bench-peers: $(VENV)/installed-bench
+bench-peers: $(VENV)/built $(VENV)/extra-bench
 	@$(BIN)/python bench/peers/run.py $(ARGS)
 
 clean:
