@@ -24,7 +24,7 @@ ctypedef struct OutColumn:
     int slot
     int kind
     char *data
-    uint8_t *valid
+    uint8_t *absent
 
 
 cdef class VerdictColumns:
@@ -110,11 +110,11 @@ cdef class BatchRun:
         self.n_out = len(out)
         self.out = <OutColumn *>checked(len(out), sizeof(OutColumn))
         self.texts = []
-        for i, (slot, kind, data, valid) in enumerate(out):
+        for i, (slot, kind, data, absent) in enumerate(out):
             self.out[i].slot = slot
             self.out[i].kind = kind
             self.out[i].data = <char *><uintptr_t>data
-            self.out[i].valid = <uint8_t *><uintptr_t>valid
+            self.out[i].absent = <uint8_t *><uintptr_t>absent
             self.texts.append([] if kind == 2 else None)
         self.ingest = ingest
         self.verdicts = verdicts_out
@@ -298,7 +298,6 @@ cdef class BatchRun:
     cdef int write(self, Rows rows, const int *which, int scored, Py_ssize_t written) except -1:
         cdef int i, c, row, k
         cdef OutColumn *out
-        cdef uint8_t status
         cdef ps_slot slot
         cdef Verdict *verdict
         cdef VerdictColumns v = self.verdicts
@@ -316,8 +315,9 @@ cdef class BatchRun:
                 continue
             for i in range(scored):
                 row = which[i] * rows.width + out.slot
-                status = rows.status[row]
-                out.valid[written + i] = (2 if status & PS_WIDE else 1) if status & 7 == PS_PRESENT else 0
+                if rows.status[row] != PS_PRESENT:
+                    # Only a value that is missing or wide is noted: pages of absent that are never written cost nothing.
+                    out.absent[written + i] = 2 if rows.status[row] & 7 == PS_PRESENT else 1
                 if out.kind == 0:
                     (<ps_slot *>out.data)[written + i] = rows.slots[row]
                 else:
@@ -378,7 +378,7 @@ def run_table(Core core, list tables, order, list out, Py_ssize_t pipeline, bint
 
     tables: (source index, ColumnSet, is scored) per table. order: None for the rows of the one table, or
     (uint8 table of each row, int64 row in its table). out: per output column (slot, kind, data address, address of
-    one byte of validity per row: 0 null, 1 value, 2 a wide integer held as a double); kind 0 copies 8 bytes,
+    one byte per row, zero before: 1 for a null, 2 for a wide integer held as a double); kind 0 copies 8 bytes,
     1 one byte, 2 appends to a list of bytes. verdicts_out: None or a VerdictColumns. progress: None or a callable
     that is told how many rows are done.
     """

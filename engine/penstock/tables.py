@@ -218,28 +218,30 @@ class OutColumns:
         self.slots = slots
         self.rows = rows
         self.data: list[npt.NDArray[Any]] = []
-        self.valid: list[npt.NDArray[np.uint8]] = []
+        self.absent: list[npt.NDArray[np.uint8]] = []
         self.native: list[tuple[int, int, int, int]] = []
         for slot in slots:
             kind = {"bool": 1, "string": 2}.get(slot.type, 0)
             dtype: Any = {"float64": np.float64, "bool": np.uint8}.get(slot.type, np.int64)
             data = np.empty(0 if kind == 2 else rows, dtype=dtype)
-            valid = np.empty(0 if kind == 2 else rows, dtype=np.uint8)
+            absent = np.zeros(0 if kind == 2 else rows, dtype=np.uint8)  # 1: null, 2: a wide integer
             self.data.append(data)
-            self.valid.append(valid)
-            self.native.append((slot.index, kind, data.ctypes.data, valid.ctypes.data))
+            self.absent.append(absent)
+            self.native.append((slot.index, kind, data.ctypes.data, absent.ctypes.data))
 
     def arrays(self, texts: list[list[str | None] | None]) -> list[Any]:
         """One Arrow array per column. An integer column with a value beyond int64 becomes float64 (S13)."""
         pa = pyarrow()
         arrays = []
-        for slot, data, valid, text in zip(self.slots, self.data, self.valid, texts):
+        for slot, data, absent, text in zip(self.slots, self.data, self.absent, texts):
             if text is not None:
                 arrays.append(pa.array(text, type=pa.string()))
                 continue
-            if slot.type == "int64" and (valid == 2).any():
-                data = np.where(valid == 2, data.view(np.float64), data.astype(np.float64))
-            bitmap = None if (valid != 0).all() else pa.py_buffer(np.packbits(valid != 0, bitorder="little"))
+            bitmap = None
+            if absent.any():
+                if slot.type == "int64" and (absent == 2).any():
+                    data = np.where(absent == 2, data.view(np.float64), data.astype(np.float64))
+                bitmap = pa.py_buffer(np.packbits(absent != 1, bitorder="little"))
             if slot.type == "bool":
                 values = pa.py_buffer(np.packbits(data, bitorder="little"))
                 arrays.append(pa.Array.from_buffers(pa.bool_(), self.rows, [bitmap, values]))
