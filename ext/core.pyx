@@ -297,7 +297,7 @@ cdef class Core:
             if function.call != NULL:
                 j = call_native(function, slots, status)
             else:
-                j = call_python(pipe_object, i, function, slots, status, arena)
+                j = call_python(pipe_object, i, function, slots, status, arena, verdict.failed < 0)
             if j != 0 and verdict.failed < 0:
                 verdict.failed = <int16_t>i
         for i in range(pipe.n_assigns):
@@ -535,7 +535,7 @@ cdef class Core:
             text = pipe.texts.failures[rows.verdicts.failed]
             if error is not None:
                 text += f": {type(error).__name__}: {error}"
-            raise ScoringError(text, mode == 1) from error
+            raise ScoringError(text, mode == 1 or mode == -1) from error
         return decision
 
     cdef void hash_keys(self, int n_keys, Read *reads, int n_reads, SourceC *source, RowKeys *keys) noexcept nogil:
@@ -750,7 +750,8 @@ cdef int call_native(Function *function, ps_slot *slots, uint8_t *status) noexce
 
 
 cdef int call_python(void *pipe_object, int index, Function *function, ps_slot *slots, uint8_t *status,
-                     ps_arena *arena) noexcept with gil:
+                     ps_arena *arena, bint is_first) noexcept with gil:
+    # is_first: nothing has failed for this event yet; the decision names the first failure, so its error is kept.
     cdef Pipe pipe = <Pipe>pipe_object
     cdef int j
     cdef bytes text
@@ -785,7 +786,8 @@ cdef int call_python(void *pipe_object, int index, Function *function, ps_slot *
         status[function.slot] = PS_PRESENT
         return 0
     except Exception as error:
-        pipe.error = error
+        if is_first:
+            pipe.error = error
         return 1
 
 

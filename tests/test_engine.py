@@ -6,6 +6,7 @@ Generated streams are compared with the slow engine in tests/engine/.
 import gc
 import json
 import math
+import re
 import time
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
@@ -360,6 +361,24 @@ def test_defaults_are_used_everywhere():
     assert table.to_pylist() == [expected]
 
 
+def test_default_times_are_the_same_in_tables():
+    class D(Event, time="at"):
+        at: Timestamp
+        of_text: Timestamp = "2020-01-01T00:00:00Z"
+        of_datetime: Timestamp = datetime(2020, 1, 1)
+        ms: Timestamp(unit="ms") = 1577836800000
+        ms_of_timestamp: Timestamp(unit="ms") = Timestamp(1577836800000000)
+        ns: Timestamp(unit="ns") = 1577836800000000999
+        missing: Timestamp(unit="ms") | None = None
+
+    names = ["of_text", "of_datetime", "ms", "ms_of_timestamp", "ns", "missing"]
+    engine = Engine({"p": Pipeline("p", event=D, features=names)}, clock="event")
+    expected = [*[1577836800000000] * 5, None]
+    assert list(engine.score({"at": T0}, explain=True).features.values()) == expected
+    table = engine.score_batch({"at": [T0, T0]}, explain=True)
+    assert [table[n].cast(pa.int64()).to_pylist() for n in names] == [[value] * 2 for value in expected]
+
+
 # keys
 
 
@@ -424,6 +443,14 @@ def test_wrong_keys_and_times_of_features():
     for at in (2**62, "soon", 1.5):
         with pytest.raises(EventError, match=r"^as_of: "):
             engine.features("spend", ["c"], as_of=at)
+
+
+def test_one_key_instead_of_a_list_is_refused():
+    engine = make()
+    for keys, said in (("c1", "say ['c1']"), (7, "say [7]")):
+        with pytest.raises(EventError, match=re.escape(f"keys: expected a list of keys, got {keys!r}; {said}")):
+            engine.features("spend", keys)
+    assert len(engine.features("spend", (key for key in ("a", "b"))).rows) == 2
 
 
 def test_features_say_what_was_read():
@@ -674,6 +701,21 @@ def test_a_failing_function_without_fallback_is_an_error_and_the_event_is_in():
     assert held(engine) == [(1, 4)]
 
 
+def test_the_first_of_two_failures_is_told_with_its_own_error():
+    @on_demand_feature_view(mode="python")
+    def first(amount: float) -> float:
+        raise KeyError("one")
+
+    @on_demand_feature_view(mode="python")
+    def second(amount: float) -> float:
+        raise OSError("two")
+
+    app = {"p": Pipeline("p", event=Payment, features=[first, second])}
+    with pytest.raises(ScoringError, match=r"^function first failed: KeyError: 'one' ") as e:
+        make(app=app).score(payment())
+    assert isinstance(e.value.__cause__, KeyError)
+
+
 def test_a_failing_function_with_a_fallback():
     engine = make(app=failing_app("manual"))
     decision = engine.score(payment(amount=11.0), explain=True)
@@ -699,6 +741,9 @@ def test_an_error_is_not_remembered_as_a_decision():
         engine = make(app=app)
         if way == "score":
             with pytest.raises(ScoringError, match="OSError: down"):
+                engine.score(order("a"))
+            # Asked again: the event is in since the first time.
+            with pytest.raises(ScoringError, match="the event was ingested"):
                 engine.score(order("a"))
         else:
             assert engine.score_batch(pa.Table.from_pylist([order("a")]))["action"].to_pylist() == [None]

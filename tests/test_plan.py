@@ -329,6 +329,13 @@ def function(annotations, **options):
             },
             "by_arm of e (coverage 0.5) gives no model for units outside it; say otherwise=",
         ),
+        (
+            {
+                "experiments": [Experiment("e", unit="note", arms={"a": 1.0})],
+                "model": by_arm("e", a="m@1"),
+            },
+            "by_arm of e gives no model where the unit note is None; say otherwise=",
+        ),
         ({"model": "fraud"}, "model 'fraud': expected name@version or name@alias"),
         ({"models": ["../x@1"]}, "model '../x@1': expected name@version or name@alias"),
         ({"rules": [Rule("r", when="amount >", action="a")]}, 'rule "r": '),

@@ -211,6 +211,9 @@ class Engine:
                 raise EventError(".as_of", str(error)) from None
             if not FIRST_TIME <= at <= LAST_TIME:
                 raise EventError(".as_of", "expected a time between the years 1 and 9999")
+        if isinstance(keys, (str, int)):
+            raise EventError(".keys", f"expected a list of keys, got {keys!r}; say [{keys!r}]")
+        keys = list(keys)
         for i, key in enumerate(keys):
             if isinstance(key, bool) or not isinstance(key, (str, int)):
                 raise EventError(f".keys[{i}]", f"expected a string or an integer, got {type(key).__name__}")

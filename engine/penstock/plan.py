@@ -582,7 +582,7 @@ class _PipelineCompiler:
             self._function(definition)
         features = self._features()
         experiments = self._experiments(event)
-        models, score = self._models(experiments)
+        models, score = self._models(experiments, event)
         rules = self._rules()
         text = msgspec.json.encode(
             [
@@ -748,7 +748,7 @@ class _PipelineCompiler:
                 steps.append(AssignStep(experiment, unit, slot.index))
         return steps
 
-    def _models(self, experiments: list[AssignStep]) -> tuple[list[ModelStep], int | None]:
+    def _models(self, experiments: list[AssignStep], event: EventPlan) -> tuple[list[ModelStep], int | None]:
         deciding: list[tuple[Model, tuple[int, int] | None]] = []
         model = self.pipeline.model
         if isinstance(model, ByArm):
@@ -773,6 +773,11 @@ class _PipelineCompiler:
                 self.problem(
                     f": by_arm of {model.experiment} (coverage {coverage:g}) gives no model for units outside it; "
                     "say otherwise=..."
+                )
+            elif event.fields[experiments[at].unit].optional:
+                unit = event.fields[experiments[at].unit].name
+                self.problem(
+                    f": by_arm of {model.experiment} gives no model where the unit {unit} is None; say otherwise=..."
                 )
         elif model is not None:
             deciding.append((_as_model(model), None))

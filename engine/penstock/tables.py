@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ._ext.events import KEY_BYTES, TEXT_BYTES, ColumnSet
+from .definitions.event import Field
 from .errors import EventError, PenstockError
 from .plan import EventPlan, Slot
+from .timestamp import Timestamp, TimestampUnit
 
 __all__ = ["OutColumns", "arrow_table", "column_set", "event_times"]
 
@@ -62,7 +64,7 @@ def column_set(table: Any, event: EventPlan, keys: set[int], aggregated: set[int
         elif field.required:
             raise EventError(f".{field.name}", f"missing column; {event.name} needs it")
         else:
-            array = _constant(field.default, field.type, table.num_rows)
+            array = _constant(_default(field), field.type, table.num_rows)
         array = _cast(array, field.type, field.name, field.unit)
         columns.append(_column(array, field, index in keys, index in aggregated, keep, is_time=index == event.time))
     return ColumnSet(columns, table.num_rows, keep)
@@ -89,10 +91,19 @@ def _combined(column: Any) -> Any:
     return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
 
 
+def _default(field: Field) -> Any:
+    """The default of a field that a table lacks; a time in microseconds, whatever it was written as."""
+    if field.type != "timestamp" or field.default is None or isinstance(field.default, Timestamp):
+        return field.default
+    if isinstance(field.default, int) and field.unit is not None:
+        return TimestampUnit(field.unit).timestamp(field.default)
+    return Timestamp.of(field.default)
+
+
 def _constant(value: Any, slot_type: str, rows: int) -> Any:
     pa = pyarrow()
     kinds = {"float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_(), "string": pa.string()}
-    kind = kinds.get(slot_type, pa.int64())
+    kind = kinds.get(slot_type, pa.timestamp("us"))
     return pa.nulls(rows, kind) if value is None else pa.array([value] * rows, type=kind)
 
 

@@ -49,6 +49,6 @@ class ByArm(msgspec.Struct, frozen=True):
 def by_arm(experiment: str | Experiment, /, *, otherwise: Any = None, **values: Any) -> ByArm:
     """`by_arm("challenger", tree="fraud@1", xgb="fraud@2")`: the value of the arm that the unit has.
 
-    otherwise: for units that are not in the experiment; needed where its coverage is below 1.
+    otherwise: for units that are not in the experiment; needed where its coverage is below 1 or the unit may be None.
     """
     return ByArm(experiment if isinstance(experiment, str) else experiment.name, values, otherwise)
