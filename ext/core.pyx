@@ -262,7 +262,7 @@ cdef class Core:
             # The views read so far have appended strings: the keys' texts have moved with the arena.
             self.prepare_keys(pipe.keys, pipe.n_keys, slots, arena, keys)
         if apply:
-            # All stores or none: every blob exists before the first event is applied.
+            # All stores or none: every blob exists, and all memory but the first store's is there, before the first apply.
             for i in range(source.n_uses):
                 if handles[i] == 0:
                     use = &source.uses[i]
@@ -272,6 +272,12 @@ cdef class Core:
                         for j in range(i):
                             source.uses[j].api.forget_unused(source.uses[j].store, handles[j])
                         return OUT_OF_MEMORY
+            for i in range(1, source.n_uses):
+                use = &source.uses[i]
+                if use.api.reserve(use.store, handles[i], &events[i]) != 0:
+                    for j in range(source.n_uses):
+                        source.uses[j].api.forget_unused(source.uses[j].store, handles[j])
+                    return OUT_OF_MEMORY
             for i in range(source.n_uses):
                 use = &source.uses[i]
                 # Strings may have moved: views read above append to the arena.

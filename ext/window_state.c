@@ -198,6 +198,7 @@ struct ps_store {
     uint32_t blob_units, off_tails;
     int n_summaries;
     uint32_t first_chunk_units, full_chunk_units;
+    uint64_t most_apply; /* bytes that one apply may take, beside strings and distinct values */
     char *blob_image;
 
     cell_t *cells;
@@ -1177,6 +1178,26 @@ no_memory:
     return PS_STORE_MEMORY;
 }
 
+/* More than the next apply of this event can take: a bound, so that what apply takes need not be worked out twice. */
+static int store_reserve(ps_store *S, ps_handle h, const ps_event *e) {
+    if (UNLIKELY(!h)) return PS_STORE_HANDLE;
+    uint64_t bytes = S->most_apply;
+    if (S->has_strings) {
+        const table_t *t = &S->map->strings;
+        for (uint32_t c = 0; c < S->n_columns; c++)
+            if (S->columns[c] == PS_STRING) bytes += (uint64_t)PS_STR_LENGTH(e->values[c].u) * 2 + 4 * UNIT;
+        if (t->buckets == t->low || t->buckets + S->n_columns >= 2 * t->low) bytes += t->buckets * 2 * sizeof(node_t);
+    }
+    if (S->event_work)
+        for (uint32_t i = 0; i < S->n_cells; i++) {
+            const cell_t *cell = &S->cells[i];
+            if (cell->is_distinct)
+                bytes += ((uint64_t)IN((blob_t *)(S->base + h), values_t, cell->off_values)->capacity + 4) * 3
+                         * (uint32_t)cell->value_bytes;
+        }
+    return commit_to(S, S->map->bump * UNIT + bytes) ? PS_STORE_OK : PS_STORE_MEMORY;
+}
+
 /* ---- read ------------------------------------------------------------------------------------------------------ */
 
 /* The winner over the matching events from a place on, up to time right. */
@@ -1777,7 +1798,7 @@ static int store_sweep(ps_store *S, int64_t watermark, uint32_t max_entities) {
     int64_t idle_before = S->map->watermark - S->release_after - S->lateness;
     uint32_t released = 0, visited = 0;
     int64_t work = SWEEP_EVENTS;
-    for (uint64_t n = 0; n < 8u * (uint64_t)max_entities && n < t->buckets && visited < 4 * max_entities; n++) {
+    for (uint64_t n = 0; n < 4u * (uint64_t)max_entities && n < t->buckets && visited < max_entities; n++) {
         if (S->map->sweep_bucket >= t->buckets) S->map->sweep_bucket = 0;
         if (S->map->sweep_bucket + 8 < t->buckets) {
             ref_t ahead = bucket_at(S, t, S->map->sweep_bucket + 8)->next;
@@ -2202,6 +2223,10 @@ static int compile(ps_store *S, const ps_layout *L) {
     S->first_chunk_units = units_of(first);
     uint64_t full = sizeof(chunk_t) + summary_bytes(S) + record * 16;
     S->full_chunk_units = units_of(full > CHUNK_BYTES ? full : CHUNK_BYTES);
+    uint64_t limbs = 0;
+    for (uint32_t c = 0; c < S->n_cells; c++) limbs += (uint64_t)(S->cells[c].n_sums + S->cells[c].n_squares) * PS_MAX_LIMBS;
+    /* Lanes may widen twice, and there are at most two new chunks; a size class rounds up by a quarter at the most. */
+    S->most_apply = (limbs * 16 + (uint64_t)S->full_chunk_units * 2 * UNIT) * 5 / 4 + 64 * UNIT;
     return PS_STORE_OK;
 }
 
@@ -2337,7 +2362,7 @@ const char *ps_store_error_text(int code) {
 static const ps_store_api api = {
     key_hash,    store_prefetch, store_prefetch_blob, store_find,         store_find_or_create, store_apply,
     store_read,  store_version,  store_sweep,         store_stats,        store_log_position,   store_forget_unused,
-    store_engine_field,
+    store_engine_field, store_reserve,
 };
 
 const ps_store_api *ps_store_get_api(void) { return &api; }

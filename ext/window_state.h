@@ -158,6 +158,8 @@ typedef struct {
     void (*forget_unused)(ps_store *, ps_handle);
     /* 8 bytes of the blob for the engine's recent event ids (S16); never read here. NULL for handle 0. */
     uint64_t *(*engine_field)(ps_store *, ps_handle);
+    /* Memory for one apply of this event: after 0 it does not fail for want of memory. Or an error code, as apply. */
+    int (*reserve)(ps_store *, ps_handle, const ps_event *);
 } ps_store_api;
 
 const ps_store_api *ps_store_get_api(void);

@@ -78,6 +78,7 @@ cdef extern from "window_state.h" nogil:
         void (*log_position)(const ps_store *, ps_handle, int64_t *, int64_t *) noexcept nogil
         void (*forget_unused)(ps_store *, ps_handle) noexcept nogil
         uint64_t *(*engine_field)(ps_store *, ps_handle) noexcept nogil
+        int (*reserve)(ps_store *, ps_handle, const ps_event *) noexcept nogil
 
     enum:
         PS_LIFETIME
