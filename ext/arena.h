@@ -15,8 +15,9 @@ static inline int ps_arena_append(ps_arena *arena, const char *bytes, size_t len
     if (end > arena->capacity) {
         size_t capacity = arena->capacity ? arena->capacity : 1024;
         char *data;
+        if (end > UINT32_MAX || length > UINT32_MAX) return -1; /* before the doubling: it would never end */
         while (capacity < end) capacity *= 2;
-        if (capacity > UINT32_MAX) return -1;
+        if (capacity > UINT32_MAX) capacity = UINT32_MAX;
         data = (char *)realloc(arena->data, capacity);
         if (!data) return -1;
         arena->data = data;

@@ -21,6 +21,7 @@ from libc.string cimport memcpy
 import datetime as _datetime
 import difflib
 import typing as _typing
+from operator import index as _index  # an int, whatever __index__ gives: a value cannot lead back to itself
 
 import msgspec
 
@@ -72,7 +73,8 @@ cdef int64_t datetime_us(object value) except? -1:
 cdef str numpy_kind(object value):
     """The kind of a numpy scalar's type (i, u, f, b, M, U, ...); "-" for anything else."""
     cdef object dtype = getattr(value, "dtype", None)
-    return "-" if dtype is None or getattr(value, "shape", ()) != () else str(getattr(dtype, "kind", "-"))
+    cdef object kind = None if dtype is None or getattr(value, "shape", ()) != () else getattr(dtype, "kind", None)
+    return kind if type(kind) is str and len(kind) == 1 else "-"
 
 
 cdef inline bint digits(const char *text, int n, int *out) noexcept nogil:
@@ -311,7 +313,7 @@ cdef class EventReader:
                     raise EventError(f"{prefix}.{self.names[i]}", "expected an integer of at most 64 bits")
                 return 0
             if numpy_kind(value) in "iu":
-                return self.put(i, value.__index__(), slots, status, arena, prefix)
+                return self.put(i, _index(value), slots, status, arena, prefix)
         elif kind == PS_BOOL:
             if value is True or value is False:
                 slots[i].i = value is True
@@ -368,7 +370,7 @@ cdef class EventReader:
             if not scaled(number, self.scale[i], &us):
                 raise EventError(f"{prefix}.{self.names[i]}", f"expected a time between the years 1 and 9999, got {number}")
         elif numpy_kind(value) in "iu":
-            return self.put_time(i, value.__index__(), slots, status, prefix)
+            return self.put_time(i, _index(value), slots, status, prefix)
         elif numpy_kind(value) == "M" and value != value:
             return self.put_null(i, "NaT", slots, status, prefix)
         elif isinstance(value, str) or numpy_kind(value) == "M":

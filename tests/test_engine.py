@@ -336,6 +336,24 @@ def test_integer_times_in_their_unit(unit, per_second):
             assert table["at"].cast(pa.int64()).to_pylist() == [expected]
 
 
+@pytest.mark.parametrize("kind", ["i", "u", "", "iu"])
+@pytest.mark.parametrize("field", ["count", "at", "amount"])
+def test_what_only_looks_like_a_numpy_scalar_is_refused(field, kind):
+    """Its __index__ leads back to itself: an error, not a recursion without end."""
+
+    class Array:
+        dtype = type("dtype", (), {"kind": kind})()
+        shape = ()
+
+        def __index__(self):
+            return self
+
+    engine = make()
+    with pytest.raises((EventError, TypeError)):
+        engine.ingest(payment(**{field: Array()}))
+    assert held(engine) == [(0, 0)]
+
+
 def test_numpy_scalars_are_taken():
     row = payment(amount=np.float32(0.5), count=np.int32(7), flag=np.True_, rate=np.float64(2), note=np.str_("n"))
     features = make().score(row, explain=True).features

@@ -394,3 +394,41 @@ def test_times_keep_their_microseconds():
     at = [datetime(2023, 1, 1, tzinfo=UTC) + timedelta(microseconds=i) for i in range(3)]
     table = pa.table({"name": ["a"] * 3, "number": [1] * 3, "x": [1.0] * 3, "at": at})
     assert score(table)["at"].to_pylist() == at
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "offsets"),
+    [
+        (pa.string(), np.int32, [0, -5, 3]),
+        (pa.string(), np.int32, [0, 6, 3]),
+        (pa.string(), np.int32, [0, 3, 1000]),
+        (pa.large_string(), np.int64, [0, -(2**62), 3]),
+    ],
+)
+def test_text_whose_offsets_point_elsewhere_is_refused(kind, width, offsets):
+    """Arrow does not look inside what it is handed, by a file or by another library."""
+    buffers = [None, pa.py_buffer(np.array(offsets, width)), pa.py_buffer(b"abcdef")]
+    engine = Engine(APP, clock="event")
+    columns = {"number": [1, 2], "x": [1.0, 2.0], "at": [T0, T0]}
+    with pytest.raises((EventError, pa.ArrowInvalid)):
+        names = pa.Array.from_buffers(kind, 2, buffers)
+        engine.score_batch(pa.table({"name": names, **columns}))
+    assert engine.stats()["stores"][0]["events"] == 0
+
+
+def test_text_that_is_no_utf8_is_refused():
+    buffers = [None, pa.py_buffer(np.array([0, 2, 4], np.int32)), pa.py_buffer(b"\xff\xfe\xed\xa0")]
+    table = pa.table(
+        {"name": pa.Array.from_buffers(pa.string(), 2, buffers), "number": [1, 2], "x": [1.0, 2.0], "at": [T0, T0]}
+    )
+    engine = Engine(APP, clock="event")
+    with pytest.raises(EventError, match=r"name: the column is damaged: .*UTF8"):
+        engine.score_batch(table)
+    assert engine.stats()["stores"][0]["events"] == 0
+
+
+def test_a_column_that_is_there_twice_is_refused():
+    columns = {"name": ["a"], "number": [1], "x": [1.0], "at": [T0]}
+    arrays = [pa.array(v) for v in [*columns.values(), [2.0]]]
+    with pytest.raises(EventError, match="x: two columns of this name"):
+        Engine(APP, clock="event").score_batch(pa.Table.from_arrays(arrays, names=[*columns, "x"]))

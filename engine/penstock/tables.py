@@ -56,11 +56,13 @@ def column_set(table: Any, event: EventPlan, keys: set[int], aggregated: set[int
     for name in table.column_names:
         if name not in names:
             raise EventError(f".{name}", f"unknown column; {event.name} has {', '.join(f.name for f in event.fields)}")
+        if table.column_names.count(name) > 1:
+            raise EventError(f".{name}", "two columns of this name")
     columns = []
     keep: list[Any] = []
     for index, field in enumerate(event.fields):
         if field.name in table.column_names:
-            array = _combined(table.column(field.name))
+            array = _combined(_sound(table.column(field.name), field.name))
         elif field.required:
             raise EventError(f".{field.name}", f"missing column; {event.name} needs it")
         else:
@@ -79,6 +81,15 @@ def event_times(table: Any, event: EventPlan) -> npt.NDArray[np.int64]:
     if array.null_count:
         raise EventError(f"[{_first_null(array)}].{field.name}", "the event time is missing (null)")
     return np.frombuffer(array.buffers()[1], dtype=np.int64)[array.offset : array.offset + len(array)]
+
+
+def _sound(column: Any, name: str) -> Any:
+    """The column, or EventError where its buffers lie: a damaged file would have us read outside them."""
+    try:
+        column.validate(full=True)
+    except pyarrow().ArrowInvalid as error:
+        raise EventError(f".{name}", f"the column is damaged: {str(error).splitlines()[0]}") from None
+    return column
 
 
 def _combined(column: Any) -> Any:
