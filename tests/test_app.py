@@ -85,6 +85,8 @@ def test_what_cannot_be_loaded_leaves_no_module_behind(tmp_path):
         ("1 / 0", "line 1: ZeroDivisionError"),
         ("x = (", "line 1: "),
         ("from penstock import DefinitionError\nraise DefinitionError('mine')", "mine"),
+        ("import sys\nsys.exit(0)", "line 2: SystemExit: 0"),
+        ("x = 1\0", r"broken\.py: source code .*null"),
     ):
         file = tmp_path / "broken.py"
         file.write_text(text)

@@ -37,9 +37,9 @@ def load_app(app: App) -> tuple[ModuleType | Mapping[str, Any], str]:
         if Path(text + ".py").is_file():
             raise DefinitionError(f"app {text}: no such module; for the file say {text}.py") from None
         raise DefinitionError(f"app {text}: {error}") from error
-    except DefinitionError:
+    except (DefinitionError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         raise DefinitionError(f"app {text}: {type(error).__name__}: {error}") from error
 
 
@@ -63,8 +63,13 @@ def _load_file(path: Path) -> ModuleType:
         raise
     except SyntaxError as error:
         del sys.modules[name]
-        raise DefinitionError(f"app {path}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise DefinitionError(f"app {path}{line}: {error.msg}") from None
+    except KeyboardInterrupt:
+        del sys.modules[name]
+        raise
+    except BaseException as error:
+        # SystemExit too: an app that exits while it loads would end the caller, and with 0 look as if it had served.
         del sys.modules[name]
         place = _line_in(error, resolved)
         raise DefinitionError(f"app {path}{place}: {type(error).__name__}: {error}") from error

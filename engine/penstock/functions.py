@@ -123,7 +123,11 @@ def compile_function(
         if loaded is not None:
             address, owner = loaded
             return CompiledFunction(name, address, arg_types, return_type, owner, cached=True)
-    from . import functions_numba
+    try:
+        from . import functions_numba
+    except ImportError as error:
+        # Numba is there, but not for this NumPy, this Python or this machine; it says which.
+        raise FunctionError(f"{where}: numba cannot be imported: {error}") from error
 
     built = functions_numba.build(fn, arg_types, return_type, where)
     if path is not None and built.object_code is not None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 
@@ -80,6 +81,16 @@ def test_a_version_holds_one_model_file(root):
         path.unlink()
     with pytest.raises(ModelError, match="found nothing"):
         resolve(root, "fraud@1")
+
+
+def test_what_is_no_file_is_no_model(root):
+    """A pipe is not opened: that would wait for whoever writes into it."""
+    path = root / "fraud" / "1" / "model.onnx"
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink("gone", path)):
+        path.rmdir() if path.is_dir() else path.unlink()
+        make(path)
+        with pytest.raises(ModelError, match=r"expected one of .* found model\.onnx"):
+            resolve(root, "fraud@1")
 
 
 def test_aliases(root):

@@ -107,12 +107,18 @@ def resolve(root: str | os.PathLike[str], ref: str) -> ResolvedModel:
         if version not in known:
             raise ModelError(f"model {ref!r}: alias {wanted} means version {version}, but {_there_is(root, name)}")
     folder = Path(root) / name / version
-    files = sorted(path for path in folder.iterdir() if path.stem == "model" and path.suffix in SUFFIXES)
+    # Only files: to open a pipe would wait for its other end.
+    files = sorted(
+        path for path in folder.iterdir() if path.stem == "model" and path.suffix in SUFFIXES and path.is_file()
+    )
     if len(files) != 1:
         held = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise ModelError(f"model {ref!r}: expected one of model{', model'.join(SUFFIXES)} in {folder}, found {held}")
-    with open(files[0], "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(files[0], "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"model {ref!r}: cannot read {files[0]}: {error.strerror}") from None
     return ResolvedModel(name, version, files[0], digest)
 
 

@@ -60,6 +60,8 @@ def bind(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as error:
         raise PenstockError(f"--host {host}: not an address of this machine: {error.strerror}") from None
+    except UnicodeError as error:
+        raise PenstockError(f"--host {host}: not the name of a machine: {error}") from None
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
