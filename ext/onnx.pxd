@@ -3,13 +3,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t, uint32_t
 
-
-cdef extern from "model.h" nogil:
-    ctypedef struct ps_model:
-        int (*predict)(const ps_model *self, const double *x, size_t rows, size_t stride, double *out) noexcept nogil
-        void *state
-        uint32_t n_inputs
-        uint32_t n_outputs
+from penstock._ext.model cimport ps_model
 
 
 cdef extern from "onnx_session.h" nogil:

@@ -5,6 +5,7 @@ from libc.stdint cimport int8_t, int16_t, int64_t, uint8_t, uint32_t, uint64_t
 from penstock._ext.decision cimport DecisionTexts, Verdict
 from penstock._ext.events cimport EventReader
 from penstock._ext.expressions cimport ps_expression_api, ps_program
+from penstock._ext.model cimport ps_model
 from penstock._ext.row cimport ps_slot
 from penstock._ext.split cimport ps_experiment, ps_split_api
 from penstock._ext.windows cimport ps_arena, ps_key, ps_store, ps_store_api
@@ -17,14 +18,6 @@ cdef enum:
     BLOCK = 256               # rows per slice of a batch
     MAX_ARMS = 64             # of one experiment
     OUT_OF_MEMORY = -1
-
-
-cdef extern from "model.h" nogil:
-    ctypedef struct ps_model:
-        int (*predict)(const ps_model *self, const double *x, size_t rows, size_t stride, double *out) noexcept nogil
-        void *state
-        uint32_t n_inputs
-        uint32_t n_outputs
 
 
 ctypedef uint8_t (*native_function)(const double *args_f, const int64_t *args_i, double *out_f,
