@@ -15,7 +15,7 @@ from penstock.errors import EngineError
 from penstock._ext.core cimport Core
 from penstock._ext.decision cimport Decision, OUTCOME_DUPLICATE, Verdict
 from penstock._ext.events cimport Column, ColumnSet, EventReader
-from penstock._ext.row cimport PS_PRESENT, PS_STR_LENGTH, PS_STR_OFFSET, PS_WIDE, ps_slot
+from penstock._ext.row cimport PS_AGED, PS_PRESENT, PS_STR_LENGTH, PS_STR_OFFSET, PS_WIDE, ps_slot
 from penstock._ext.steps cimport BLOCK, OUT_OF_MEMORY, PipeC, Pipe, RowKeys, Rows, Source, SourceC, checked
 
 
@@ -315,7 +315,7 @@ cdef class BatchRun:
                 continue
             for i in range(scored):
                 row = which[i] * rows.width + out.slot
-                if rows.status[row] != PS_PRESENT:
+                if rows.status[row] & ~PS_AGED != PS_PRESENT:
                     # Only a value that is missing or wide is noted: pages of absent that are never written cost nothing.
                     out.absent[written + i] = 2 if rows.status[row] & 7 == PS_PRESENT else 1
                 if out.kind == 0:

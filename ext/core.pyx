@@ -20,8 +20,8 @@ from penstock._ext.decision cimport (
     OUTCOME_APPLIED, OUTCOME_DUPLICATE, OUTCOME_LATE, OUTCOME_OFF, OUTCOME_QUARANTINED, N_OUTCOMES, slot_value,
 )
 from penstock._ext.row cimport (
-    PS_BOOL, PS_FLOAT64, PS_INT64, PS_NULL_VALUE, PS_OUTSIDE_MAX_AGE, PS_PRESENT, PS_STR_LENGTH, PS_STR_OFFSET,
-    PS_STRING, PS_WIDE,
+    PS_AGED, PS_BOOL, PS_FLOAT64, PS_INT64, PS_NULL_VALUE, PS_OUTSIDE_MAX_AGE, PS_PRESENT, PS_STR_LENGTH,
+    PS_STR_OFFSET, PS_STRING, PS_WIDE,
 )
 from penstock._ext.events cimport ps_arena_append
 from penstock._ext.steps cimport (
@@ -358,7 +358,7 @@ cdef class Core:
                 slot = read.defaults[j].slot
                 if status[slot] & 7 != PS_PRESENT:
                     slots[slot] = read.defaults[j].value
-                    status[slot] = PS_PRESENT
+                    status[slot] = PS_PRESENT | (PS_AGED if status[slot] & 7 == PS_OUTSIDE_MAX_AGE else 0)
         return 0
 
     cdef void run_models(self, PipeC *pipe, Rows rows, const int *which, int n) noexcept nogil:
@@ -389,11 +389,11 @@ cdef class Core:
                 x = rows.matrix + picked * run.n_inputs
                 for j in range(run.n_inputs):
                     if run.types[j] == PS_FLOAT64:
-                        x[j] = slots[run.inputs[j]].f if status[run.inputs[j]] == PS_PRESENT else NAN
-                    elif status[run.inputs[j]] == PS_PRESENT:
-                        x[j] = <double>slots[run.inputs[j]].i
+                        x[j] = slots[run.inputs[j]].f if status[run.inputs[j]] & 7 == PS_PRESENT else NAN
                     elif status[run.inputs[j]] & PS_WIDE:
                         x[j] = slots[run.inputs[j]].f
+                    elif status[run.inputs[j]] & 7 == PS_PRESENT:
+                        x[j] = <double>slots[run.inputs[j]].i
                     else:
                         x[j] = NAN
                 rows.picked[picked] = row
@@ -735,7 +735,7 @@ cdef int call_native(Function *function, ps_slot *slots, uint8_t *status) noexce
     cdef uint8_t code
     for j in range(function.n_args):
         args[j] = slots[function.args[j]]
-        if status[function.args[j]] != PS_PRESENT:
+        if status[function.args[j]] & ~PS_AGED != PS_PRESENT:
             if function.arg_types[j] != PS_FLOAT64:
                 slots[function.slot].f = NAN
                 if function.type != PS_FLOAT64:

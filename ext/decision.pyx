@@ -16,7 +16,7 @@ import msgspec
 from penstock.timestamp import Timestamp
 
 from penstock._ext.row cimport (
-    PS_BOOL, PS_FLOAT64, PS_INT64, PS_PRESENT, PS_STRING, PS_STR_LENGTH, PS_STR_OFFSET, PS_TIMESTAMP, PS_WIDE,
+    PS_AGED, PS_BOOL, PS_FLOAT64, PS_INT64, PS_PRESENT, PS_STRING, PS_STR_LENGTH, PS_STR_OFFSET, PS_TIMESTAMP, PS_WIDE,
 )
 
 cdef extern from "Python.h":
@@ -194,7 +194,7 @@ cdef class Decision:
         found = []
         for name, type, index in self.texts.features:
             found.append((name, slot_value(slots[<int>index], status[<int>index], type, PyBytes_AS_STRING(self.strings)),
-                          STATUSES[status[<int>index] & 7]))
+                          "OUTSIDE_MAX_AGE" if status[<int>index] & PS_AGED else STATUSES[status[<int>index] & 7]))
         return found
 
     cpdef bytes json(self, bint explain=False):

@@ -21,6 +21,7 @@ from libc.string cimport memcpy
 import datetime as _datetime
 import difflib
 import typing as _typing
+from collections.abc import Mapping
 from operator import index as _index  # an int, whatever __index__ gives: a value cannot lead back to itself
 
 import msgspec
@@ -224,6 +225,8 @@ cdef class EventReader:
             return self.read_fields(<char *><PyObject *>event, self.wire_offsets, slots, status, arena, prefix)
         if kind is dict:
             return self.read_dict(event, slots, status, arena, prefix)
+        if isinstance(event, Mapping):
+            return self.read_dict(dict(event), slots, status, arena, prefix)
         if isinstance(event, self.user_type):
             return self.read_dict({name: getattr(event, name) for name in self.names}, slots, status, arena, prefix)
         raise EventError(prefix, f"expected {self.event_name} or a dict of its fields, got {type(event).__name__}")

@@ -32,7 +32,7 @@ const char *const ps_opcode_names[PS_OP_COUNT] = {
 
 #define NULL_F __builtin_nan("")
 
-static inline int present(uint8_t status) { return (status & 0x7f) == PS_PRESENT; }
+static inline int present(uint8_t status) { return (status & 7) == PS_PRESENT; }
 
 static inline double load_f(const ps_slot *slots, const uint8_t *status, uint32_t slot) {
     return present(status[slot]) ? slots[slot].f : NULL_F;

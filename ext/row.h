@@ -27,6 +27,8 @@ enum ps_status {
 };
 /* Flag on a PS_INT64 slot: the exact integer does not fit, the slot holds it as a double (S13). */
 #define PS_WIDE 0x80
+/* Flag beside PS_PRESENT: the value is the default= of one that was too old (S9: status OUTSIDE_MAX_AGE). */
+#define PS_AGED 0x40
 
 #define PS_STR_OFFSET(u) ((uint32_t)(u))
 #define PS_STR_LENGTH(u) ((uint32_t)((u) >> 32))

@@ -21,6 +21,7 @@ cdef extern from "row.h" nogil:
         PS_NOT_FOUND
         PS_OUTSIDE_MAX_AGE
         PS_WIDE
+        PS_AGED
 
     uint32_t PS_STR_OFFSET(uint64_t)
     uint32_t PS_STR_LENGTH(uint64_t)

@@ -8,8 +8,10 @@ import json
 import math
 import re
 import time
+from collections import OrderedDict
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
+from types import MappingProxyType
 
 import msgspec
 import numpy as np
@@ -377,6 +379,60 @@ def test_defaults_are_used_everywhere():
     assert engine.core.score(0, wire, True, True).features == expected
     table = engine.score_batch({"k": ["k"], "at": [T0]}, explain=True).select(["x", "s", "t"])
     assert table.to_pylist() == [expected]
+
+
+def test_a_default_for_a_value_that_is_too_old_keeps_its_status():
+    last = {"windows": ["1h"], "ttl": "10s"}
+    view = FeatureView(
+        "old",
+        entity="customer",
+        source=Payment,
+        aggregations=[
+            Aggregation("last", "amount", default=-1.5, **last),
+            Aggregation("last", "count", default=7, **last),
+            Aggregation("first", "flag", default=True, **last),
+            Aggregation("last", "note", default="none", **last),
+        ],
+    )
+
+    @on_demand_feature_view
+    def native(old__last_amount_1h: float, old__last_count_1h: int) -> float:
+        return old__last_amount_1h + old__last_count_1h
+
+    @on_demand_feature_view(mode="python")
+    def python(old__last_amount_1h: float, old__last_count_1h: int) -> float:
+        return old__last_amount_1h + old__last_count_1h
+
+    rule = Rule("r", "old.last_count_1h == 7 and old.first_flag_1h and old.last_note_1h == 'none'", "seen")
+    app = {"p": Pipeline("p", event=Payment, features=[view, native, python], rules=[rule])}
+    first = payment(amount=3.0, count=2**40, flag=False, note="n")
+    later = payment(at=T0 + 11 * SECOND)
+    engine, tables = make(app=app), make(app=app)
+    engine.score(first)
+    decision = engine.score(later, explain=True)
+    values = {"old.last_amount_1h": -1.5, "old.last_count_1h": 7, "old.first_flag_1h": True, "old.last_note_1h": "none"}
+    assert decision.features == {**values, "native": 5.5, "python": 5.5}
+    assert decision.action == "seen"
+    assert list(decision.statuses.values()) == ["OUTSIDE_MAX_AGE"] * 4 + ["PRESENT"] * 2
+    read = engine.features("old", [later["customer"]], as_of=later["at"] + 11 * SECOND)
+    assert list(read.statuses[0].values()) == ["OUTSIDE_MAX_AGE"] * 4
+    tables.score_batch(pa.Table.from_pylist([first]))
+    row = tables.score_batch(pa.Table.from_pylist([later]), explain=True).to_pylist()[0]
+    assert {name: row[name] for name in decision.features} == decision.features
+    assert row["action"] == "seen"
+
+
+def test_any_mapping_is_an_event_and_any_columns_are_a_table():
+    for event in (MappingProxyType(payment()), OrderedDict(payment())):
+        engine = make()
+        assert engine.score(event).outcome == "applied"
+        assert engine.ingest(event) == "applied"
+    columns = {name: [value] for name, value in payment().items()}
+    for make_column in (tuple, np.array, pa.array, pd.Series):
+        table = {name: make_column(values) for name, values in columns.items()}
+        assert make().ingest(table)["applied"] == 1
+    with pytest.raises(EventError, match=r"^amount: the values do not make a column: "):
+        make().score_batch({**columns, "amount": [1.0, "x"]})
 
 
 def test_default_times_are_the_same_in_tables():

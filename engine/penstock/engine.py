@@ -28,7 +28,7 @@ from .experiments.assignment import compile_experiment
 from .models.folder import resolve
 from .models.runtime import Runtime, load
 from .plan import EventPlan, ModelStep, PipelinePlan, Plan, StorePlan, suggestion
-from .tables import FIRST_TIME, LAST_TIME, OutColumns, arrow_table, column_set, event_times, pyarrow
+from .tables import FIRST_TIME, LAST_TIME, OutColumns, arrow_table, column_set, event_times, is_column, pyarrow
 from .timestamp import Timestamp
 
 __all__ = ["Engine", "FeatureRows"]
@@ -182,7 +182,7 @@ class Engine:
                 raise EventError("", f"{type(data).__name__} is no event of this app{self._known_events()}")
             return self.core.ingest(plan.index, data)
         plan = self._event_named(event) if event is not None else self._only_event()
-        if isinstance(data, dict) and not any(isinstance(v, (list, np.ndarray)) for v in data.values()):
+        if isinstance(data, Mapping) and not any(is_column(value) for value in data.values()):
             return self.core.ingest(plan.index, data)
         table = arrow_table(data)
         columns = column_set(table, plan, self._keys[plan.name], self._aggregated[plan.name])

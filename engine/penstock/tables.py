@@ -16,7 +16,7 @@ from .errors import EventError, PenstockError
 from .plan import EventPlan, Slot
 from .timestamp import Timestamp, TimestampUnit
 
-__all__ = ["OutColumns", "arrow_table", "column_set", "event_times"]
+__all__ = ["OutColumns", "arrow_table", "column_set", "event_times", "is_column"]
 
 FIRST_TIME = -62135596800000000  # 0001-01-01
 LAST_TIME = 253402300799999999  # 9999-12-31
@@ -40,7 +40,7 @@ def arrow_table(data: Any) -> Any:
     if isinstance(data, pa.RecordBatch):
         return pa.Table.from_batches([data])
     if isinstance(data, dict):
-        return pa.table(data)
+        return pa.table({name: _array(name, values) for name, values in data.items()})
     if hasattr(data, "__arrow_c_stream__"):
         return pa.table(data)
     if hasattr(data, "columns") and hasattr(data, "dtypes"):
@@ -48,6 +48,20 @@ def arrow_table(data: Any) -> Any:
     raise TypeError(
         f"expected an Arrow table (pyarrow, polars, pandas or a dict of columns), got {type(data).__name__}"
     )
+
+
+def is_column(value: Any) -> bool:
+    """Whether a value of a mapping makes it a table: a sequence of values, or an Arrow array, not one value."""
+    arrow = ("__arrow_c_array__", "__arrow_c_stream__")
+    return isinstance(value, list | tuple | np.ndarray) or any(hasattr(value, name) for name in arrow)
+
+
+def _array(name: str, values: Any) -> Any:
+    pa = pyarrow()
+    try:
+        return values if isinstance(values, pa.ChunkedArray) else pa.array(values)
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        raise EventError(f".{name}", f"the values do not make a column: {str(error).splitlines()[0]}") from None
 
 
 def column_set(table: Any, event: EventPlan, keys: set[int], aggregated: set[int]) -> ColumnSet:

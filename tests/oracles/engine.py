@@ -159,7 +159,7 @@ class SlowEngine:
                 counts = extra if included and view.event == event.name else None
                 for name, kind, default, value, status in self.read(view, key, at, counts):
                     if status != "PRESENT" and default is not None:
-                        value, status = default, "PRESENT"
+                        value, status = default, status if status == "OUTSIDE_MAX_AGE" else "PRESENT"
                     values[name], statuses[name], kinds[name] = value, status, kind
         arms = {}
         for experiment in pipeline.experiments:
