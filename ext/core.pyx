@@ -262,7 +262,7 @@ cdef class Core:
             # The views read so far have appended strings: the keys' texts have moved with the arena.
             self.prepare_keys(pipe.keys, pipe.n_keys, slots, arena, keys)
         if apply:
-            # All stores or none: every blob exists, and all memory but the first store's is there, before the first apply.
+            # All stores or none: before the first apply every blob exists, and memory for all that follow it.
             for i in range(source.n_uses):
                 if handles[i] == 0:
                     use = &source.uses[i]

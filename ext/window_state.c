@@ -2224,7 +2224,8 @@ static int compile(ps_store *S, const ps_layout *L) {
     uint64_t full = sizeof(chunk_t) + summary_bytes(S) + record * 16;
     S->full_chunk_units = units_of(full > CHUNK_BYTES ? full : CHUNK_BYTES);
     uint64_t limbs = 0;
-    for (uint32_t c = 0; c < S->n_cells; c++) limbs += (uint64_t)(S->cells[c].n_sums + S->cells[c].n_squares) * PS_MAX_LIMBS;
+    for (uint32_t c = 0; c < S->n_cells; c++)
+        limbs += (uint64_t)(S->cells[c].n_sums + S->cells[c].n_squares) * PS_MAX_LIMBS;
     /* Lanes may widen twice, and there are at most two new chunks; a size class rounds up by a quarter at the most. */
     S->most_apply = (limbs * 16 + (uint64_t)S->full_chunk_units * 2 * UNIT) * 5 / 4 + 64 * UNIT;
     return PS_STORE_OK;
