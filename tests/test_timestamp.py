@@ -134,3 +134,9 @@ def test_unit():
         unit.unit = "s"
     with pytest.raises(OverflowError):
         Timestamp(unit="s").timestamp(2**60)
+
+
+def test_an_error_does_not_repeat_a_long_text():
+    with pytest.raises(ValueError, match="expected a time such as") as caught:
+        Timestamp.parse("2" * 1_000_000)
+    assert len(str(caught.value)) < 150

@@ -163,7 +163,8 @@ class Timestamp(int):
         """RFC 3339, `2018-04-01T00:00:00Z`; without an offset it is UTC; digits beyond microseconds are floored."""
         match = _RFC3339.fullmatch(text)
         if match is None:
-            raise ValueError(f"expected a time such as 2018-04-01T00:00:00Z, got {text!r}")
+            shown = text if len(text) <= 60 else text[:57] + "..."
+            raise ValueError(f"expected a time such as 2018-04-01T00:00:00Z, got {shown!r}")
         year, month, day, hour, minute, second = map(int, match.group(1, 2, 3, 4, 5, 6))
         fraction, zulu, sign, offset_hours, offset_minutes = match.group(7, 8, 9, 10, 11)
         try:
