@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from penstock import Aggregation, Engine, Event, EventError, FeatureView, PenstockError, Pipeline, Timestamp
+from penstock import Aggregation, Engine, Event, EventError, FeatureView, PenstockError, Pipeline, Rule, Timestamp
 
 SECOND = 10**6
 T0 = 1_700_000_000 * SECOND
@@ -432,3 +432,22 @@ def test_a_column_that_is_there_twice_is_refused():
     arrays = [pa.array(v) for v in [*columns.values(), [2.0]]]
     with pytest.raises(EventError, match="x: two columns of this name"):
         Engine(APP, clock="event").score_batch(pa.Table.from_arrays(arrays, names=[*columns, "x"]))
+
+
+class Numbered(Event, event_id="id"):
+    id: int
+    k: str
+    at: Timestamp
+
+
+def test_features_of_a_repeated_event_are_read_anew_beside_the_first_decision():
+    view = FeatureView(
+        "v", entity="k", source=Numbered, aggregations=[Aggregation("count", windows=["1h"])], include_request_event=True
+    )
+    pipeline = Pipeline("p", event=Numbered, features=[view], rules=[Rule("r", "v.count_1h > 1", "many")])
+    rows = pa.table({"id": [1, 2, 1], "k": ["a"] * 3, "at": [T0] * 3})
+    result = Engine({"p": pipeline}, clock="event").score_batch(rows, explain=True)
+    assert result["outcome"].to_pylist() == ["applied", "applied", "duplicate"]
+    assert result["action"].to_pylist() == ["approve", "many", "approve"]
+    assert result["id"][2] == result["id"][0]
+    assert result["v.count_1h"].to_pylist() == [1, 2, 2]

@@ -116,7 +116,8 @@ class Engine:
         input: the whole table is checked first.
         Returns a pyarrow.Table with one row per input row: id, action, score, reasons, model, model_version, one
         `arm.<experiment>` column each, outcome, and one `score.<model>` for each model that scores beside; with
-        `explain` the pipeline's features too.
+        `explain` the pipeline's features too. A repeated event's row holds the first decision (S16); its features are
+        read anew, where score() gives those of the first decision, if that was explained.
         """
         plan = self._named(pipeline) if pipeline is not None else self._only_pipeline()
         event = self.plan.events[plan.event]
