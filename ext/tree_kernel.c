@@ -901,9 +901,9 @@ static void onnx_finish(const ps_trees *m, double *acc, uint8_t *has, double *ou
 }
 
 static float sigmoid32(float x) {
-    /* XGBoost: 1e-16 keeps the denominator from zero, 88.7 keeps expf from overflow. */
+    /* XGBoost keeps expf from overflowing: no probability is exactly 0. */
     float y = -x < 88.7f ? -x : 88.7f;
-    return 1.0f / (expf(y) + 1.0f + 1e-16f);
+    return 1.0f / (expf(y) + 1.0f);
 }
 
 static void finish(const ps_trees *m, double *acc, uint8_t *has, double *out, int raw) {

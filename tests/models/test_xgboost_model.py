@@ -163,6 +163,23 @@ def test_older_base_scores(data, tmp_path):
     np.testing.assert_array_equal(load_trees(path).predict_raw(data[0].astype(float)), want)
 
 
+@pytest.mark.parametrize("objective", ["binary:logistic", "count:poisson", "multi:softprob"])
+def test_scores_far_out(data, tmp_path, objective):
+    """Leaves 300 times as large: exp overflows and underflows."""
+    path = tmp_path / "model.json"
+    train(data, {"objective": objective} | ({"num_class": 3} if "multi" in objective else {}), path)
+    document = json.loads(path.read_bytes())
+    for tree in document["learner"]["gradient_booster"]["model"]["trees"]:
+        for i, left in enumerate(tree["left_children"]):
+            if left < 0:
+                tree["split_conditions"][i] *= 300
+    path.write_text(json.dumps(document))
+    booster = xgb.Booster(params={"nthread": 1}, model_file=path)
+    want = booster.predict(matrix(data[0]))
+    got = load_trees(path).predict(data[0].astype(float))
+    assert ulps(got, want.reshape(got.shape), single=True) <= 1
+
+
 def test_names(data, tmp_path):
     path = tmp_path / "model.ubj"
     x, y, _ = data
