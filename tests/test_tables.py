@@ -442,7 +442,11 @@ class Numbered(Event, event_id="id"):
 
 def test_features_of_a_repeated_event_are_read_anew_beside_the_first_decision():
     view = FeatureView(
-        "v", entity="k", source=Numbered, aggregations=[Aggregation("count", windows=["1h"])], include_request_event=True
+        "v",
+        entity="k",
+        source=Numbered,
+        aggregations=[Aggregation("count", windows=["1h"])],
+        include_request_event=True,
     )
     pipeline = Pipeline("p", event=Numbered, features=[view], rules=[Rule("r", "v.count_1h > 1", "many")])
     rows = pa.table({"id": [1, 2, 1], "k": ["a"] * 3, "at": [T0] * 3})
