@@ -350,7 +350,8 @@ def test_a_graph_without_trees_is_left_to_onnxruntime(tmp_path):
     [
         ({"nodes_values": [0.5]}, "nodes_values: 1 values, expected 3"),
         ({"nodes_truenodeids": [7, 0, 0]}, "leads to node 7"),
-        ({"nodes_truenodeids": [0, 0, 0]}, "used twice"),
+        ({"nodes_truenodeids": [0, 0, 0]}, "node 0 leads back to itself"),
+        ({"nodes_truenodeids": [0, 0, 0], "nodes_falsenodeids": [0, 0, 0]}, "node 0 leads back to itself"),
         ({"nodes_nodeids": [0, 1, 1]}, "node 1 stands twice"),
         ({"nodes_modes": ["BRANCH_UP", "LEAF", "LEAF"]}, "mode 'BRANCH_UP'"),
         ({"nodes_featureids": [2, 0, 0]}, "feature 2, expected one of 0 to 1"),

@@ -187,6 +187,7 @@ def _add_nodes(form: TreeEnsemble, a: _Attributes, prefix: str, double: bool) ->
             raise TreeError(f"tree {tree_ids[i]}: node {node_ids[i]} has mode {mode[:40]!r}")
     met: set[int] = set()
     parents = [0] * n
+    children: list[list[int]] = [[] for _ in range(n)]
     for i in range(n):
         if i == 0 or tree_ids[i] != tree_ids[i - 1]:
             if tree_ids[i] in met:
@@ -204,9 +205,24 @@ def _add_nodes(form: TreeEnsemble, a: _Attributes, prefix: str, double: bool) ->
                 )
             branches.append(place[child])
             parents[child] += 1
+            children[i].append(child)
         true, false = branches
         _add_branch(form, features[i], modes[i], [values[i]], true, false, tracks[i] == 1, not double)
-    if max(parents, default=0) > 1:
+    shared = max(parents, default=0) > 1
+    # What is left when nodes without a parent are taken away, again and again, leads back to itself: no runtime may walk
+    # it, for it would not come back.
+    free = [i for i in range(n) if parents[i] == 0]
+    taken = 0
+    while free:
+        taken += 1
+        for child in children[free.pop()]:
+            parents[child] -= 1
+            if parents[child] == 0:
+                free.append(child)
+    if taken < n:
+        i = next(i for i in range(n) if parents[i] > 0)
+        raise TreeError(f"tree {tree_ids[i]}: node {node_ids[i]} leads back to itself")
+    if shared:
         raise NotATreeModel("branches meet again: the graph is no tree")
 
 
