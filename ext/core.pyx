@@ -26,7 +26,7 @@ from penstock._ext.row cimport (
 from penstock._ext.events cimport ps_arena_append
 from penstock._ext.steps cimport (
     Function, KeyRef, MAX_ARGUMENTS, MAX_ARMS, MAX_COLUMNS, MAX_STORES, ModelRun, OUT_OF_MEMORY, Pipe, PipeC, Read,
-    RowKeys, Rows, Source, SourceC, Use, checked,
+    RowKeys, Rows, Source, SourceC, UNSCORED, Use, checked,
 )
 from penstock._ext.windows cimport WindowStore, ps_key, ps_store_api, ps_store_stats
 
@@ -200,7 +200,7 @@ cdef class Core:
 
         ingest: 1 to apply, 0 to evaluate only, -1 for an event that was ingested before but never decided on (a repeated
         id), -2 for one that is not to be counted as a decision again.
-        Returns 0, or OUT_OF_MEMORY and nothing has changed.
+        Returns 0; OUT_OF_MEMORY and nothing has changed; or UNSCORED: memory ended in a read after the event was applied.
         """
         cdef ps_handle handles[MAX_STORES]
         cdef ps_event events[MAX_STORES]
@@ -296,7 +296,7 @@ cdef class Core:
             return 0
         # An event whose id was seen before is in the state already, or was late.
         if self.read_views(pipe, keys, handles, events, apply or ingest < 0, True, at, slots, status, arena) != 0:
-            return OUT_OF_MEMORY
+            return UNSCORED
 
         for i in range(pipe.n_functions):
             function = &pipe.functions[i]
@@ -462,7 +462,9 @@ cdef class Core:
             source.applied = 0
             source.created = 0
             for i in range(source.n_uses):
-                source.uses[i].api.sweep(source.uses[i].store, source.watermark, entities)
+                if <uint32_t>source.uses[i].api.sweep(source.uses[i].store, source.watermark, entities) >= entities:
+                    # More wait to be released: go on soon.
+                    source.applied = SWEEP_EVERY - 4
 
     # one event
 
@@ -492,6 +494,7 @@ cdef class Core:
         cdef Source source = pipe.source
         cdef int mode = ingest
         cdef int which = 0
+        cdef int code
         cdef int64_t now, ingest_time
         cdef object id = None
         cdef dict home = None
@@ -522,9 +525,13 @@ cdef class Core:
         ingest_time = rows.slots[source.c.time].i if self.event_clock else now
         self.prepare_keys(pipe.c.keys, pipe.c.n_keys, rows.slots, &rows.arena, rows.keys)
         self.hash_keys(pipe.c.n_keys, pipe.c.reads, pipe.c.n_reads, &source.c, rows.keys)
-        if self.advance(&source.c, &pipe.c, <void *>pipe, rows.slots, rows.status, &rows.arena, rows.keys, ingest_time,
-                        mode, rows.verdicts) != 0:
-            raise EngineError("out of memory: the event was not ingested")
+        code = self.advance(&source.c, &pipe.c, <void *>pipe, rows.slots, rows.status, &rows.arena, rows.keys, ingest_time,
+                            mode, rows.verdicts)
+        if code != 0:
+            if code == UNSCORED and id is not None and mode == 1:
+                source.seen[id] = None
+            raise EngineError("out of memory: the event was " + ("ingested, not scored" if code == UNSCORED and mode == 1
+                                                                 else "not ingested"))
         self.run_models(&pipe.c, rows, &which, 1)
         self.decide(&pipe.c, rows.slots, rows.status, &rows.arena, rows.verdicts)
         self.sweep(&source.c)
@@ -541,7 +548,7 @@ cdef class Core:
             text = pipe.texts.failures[rows.verdicts.failed]
             if error is not None:
                 text += f": {type(error).__name__}: {error}"
-            raise ScoringError(text, mode == 1 or mode == -1) from error
+            raise ScoringError(text, rows.verdicts.outcome == OUTCOME_APPLIED or mode == -1) from error
         return decision
 
     cdef void hash_keys(self, int n_keys, Read *reads, int n_reads, SourceC *source, RowKeys *keys) noexcept nogil:

@@ -18,6 +18,7 @@ cdef enum:
     BLOCK = 256               # rows per slice of a batch
     MAX_ARMS = 64             # of one experiment
     OUT_OF_MEMORY = -1
+    UNSCORED = -2
 
 
 ctypedef uint8_t (*native_function)(const double *args_f, const int64_t *args_i, double *out_f,

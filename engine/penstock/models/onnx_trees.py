@@ -209,8 +209,8 @@ def _add_nodes(form: TreeEnsemble, a: _Attributes, prefix: str, double: bool) ->
         true, false = branches
         _add_branch(form, features[i], modes[i], [values[i]], true, false, tracks[i] == 1, not double)
     shared = max(parents, default=0) > 1
-    # What is left when nodes without a parent are taken away, again and again, leads back to itself: no runtime may walk
-    # it, for it would not come back.
+    # What is left when nodes without a parent are taken away, again and again, leads back to itself: no runtime may
+    # walk it, for it would not come back.
     free = [i for i in range(n) if parents[i] == 0]
     taken = 0
     while free:

@@ -12,7 +12,6 @@ import msgspec
 
 from .._ext.http import HttpServer, RequestError, Route
 from ..errors import EventError, ReplayNeeded
-from ..plan import suggestion
 from ..timestamp import Timestamp
 from .config import ServerConfig
 from .metrics import Metrics
@@ -79,7 +78,7 @@ def build_server(engine: Engine, config: ServerConfig, state: dict[str, bool]) -
             if path.startswith(prefix):
                 name = path.removeprefix(prefix)
                 names = ", ".join(sorted(known)) or "none"
-                return f"path: no {what} {name[:100]!r}{suggestion(name[:100], known)} (known: {names})"
+                return f"path: no {what} {name[:100]!r}; have {names}"
         return f"path: nothing is served at {path[:100]!r}; GET / lists what is"
 
     server = HttpServer(
