@@ -5,14 +5,20 @@
  * MASKS  for trees of at most 64 leaves. QuickScorer's leaf masks (Lucchese et al., SIGIR 2015: a false node clears the
  *        leaves of its yes side, the exit leaf is the first bit left) made cumulative: a feature's cuts are sorted, and
  *        for every (feature, rank) one table row holds, for all trees at once, the AND of the masks of the nodes that
- *        are false there. A row of x costs one binary search per feature, one vector AND per feature, one count of
- *        trailing zeros per tree. NaN is one more rank. Nodes that are not a threshold (sets, equality, zero as
- *        missing) are step functions of x like any other: they add cuts. When the table would outgrow the cache, only
- *        every K-th node of a feature gets a table row, and the nodes between that row and x are applied one by one.
+ *        are false there. A row of x costs one search among the cuts per feature, one vector AND per feature, one
+ *        count of trailing zeros per tree. NaN is one more rank. Nodes that are not a threshold (sets, equality, zero
+ *        as missing) are step functions of x like any other: they add cuts. When the table would outgrow the cache,
+ *        only every K-th node of a feature gets a table row, and the nodes between that row and x are applied one by
+ *        one.
  * WALK   for everything else: 16-byte nodes, children side by side, no branch per node. Every feature has two copies,
- *        NaN as it is (compares false, goes no) and NaN as -inf (goes yes); a node reads the copy that sends NaN its way;
- *        leaves point to themselves. Eight trees of one row, or eight rows of one tree, go down together.
+ *        NaN as it is (compares false, goes no) and NaN as -inf (goes yes); a node reads the copy that sends NaN its
+ *        way; leaves point to themselves. Eight trees of one row, or eight rows of one tree, go down together.
  * PLAIN  one node after the other, from the form itself: the oracle of the other two, and what is left.
+ *
+ * The loader takes MASKS when its estimated cost per row (features x trees) is below that of WALK (expected depths):
+ * few features and many small trees. Measured microseconds per row, one at a time / in batches of 256, of walk and
+ * masks: 100 x 31 leaves on 30 features 2.4/1.7 and 0.7/0.4; 500 x 63 on 30 features 13/9.4 and 4.2/3.6; 300 x 16 on
+ * 10 features 3.0/2.3 and 0.8/0.4; 100 x 31 on 300 features 1.6/1.3 and 4.0/3.5.
  *
  * Words: yes side, children taken when the node's condition holds; cut, value at which some node changes its answer;
  * rank, number of cuts below x; leaf, numbered tree by tree, yes side first.
@@ -115,10 +121,12 @@ static void *grab(ps_trees *m, size_t count, size_t size) {
 void ps_trees_free(ps_trees *m) {
     if (!m)
         return;
-    void *all[] = {m->base,     m->leaf0,   m->value,      m->value32,   m->target,     m->weight_begin, m->weight_target,
-                   m->weight,   m->roots,   m->feature,    m->yes,       m->no,         m->steps_begin,  m->threshold,
-                   m->steps,    m->nan_yes, m->steps_first, m->walk,     m->walk_leaf,  m->walk_root,    m->walk_order,
-                   m->used,     m->cuts,    m->pivots,    m->ranks,      m->table,     m->late_tree,  m->late_mask};
+    void *all[] = {
+        m->base, m->leaf0, m->value, m->value32, m->target, m->weight_begin, m->weight_target, m->weight,
+        m->roots, m->feature, m->yes, m->no, m->steps_begin, m->threshold, m->steps, m->nan_yes, m->steps_first,
+        m->walk, m->walk_leaf, m->walk_root, m->walk_order,
+        m->used, m->cuts, m->pivots, m->ranks, m->table, m->late_tree, m->late_mask,
+    };
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
         free(all[i]);
     free(m);
@@ -167,9 +175,9 @@ static int node_yes(const ps_trees *m, int32_t i, double x) {
         goto fail;                             \
     } while (0)
 
-/* Of every node, while building: its tree, its leaves [lo, hi), where the no side begins, its depth. */
+/* Of every node, while building: its tree, its leaves [lo, hi), and where those of its no side begin. */
 typedef struct {
-    uint32_t tree, lo, mid, hi, depth;
+    uint32_t tree, lo, mid, hi;
 } node_place;
 
 typedef struct {
@@ -240,7 +248,8 @@ static ps_trees *start(const ps_trees_form *form, node_place **places, char *err
         if (form->threshold[i] != form->threshold[i])
             FAIL("node %u: threshold is NaN", i);
         for (int32_t k = form->steps_begin[i]; k < form->steps_begin[i + 1]; k++)
-            if (form->steps[k] != form->steps[k] || (k > form->steps_begin[i] && !(form->steps[k - 1] < form->steps[k])))
+            if (form->steps[k] != form->steps[k] ||
+                (k > form->steps_begin[i] && !(form->steps[k - 1] < form->steps[k])))
                 FAIL("node %u: steps out of order", i);
         m->feature[i] = form->feature[i];
         m->threshold[i] = form->threshold[i];
@@ -270,7 +279,7 @@ static ps_trees *start(const ps_trees_form *form, node_place **places, char *err
         if (seen[root])
             FAIL("tree %u: node %d is used twice", t, root);
         seen[root] = 1;
-        (*places)[root] = (node_place){t, next_leaf, 0, 0, 0};
+        (*places)[root] = (node_place){t, next_leaf, 0, 0};
         stack[top++] = (visit){root, 0};
         while (top) {
             visit *v = &stack[top - 1];
@@ -296,7 +305,7 @@ static ps_trees *start(const ps_trees_form *form, node_place **places, char *err
                 if (seen[child])
                     FAIL("tree %u: node %d is used twice", t, child);
                 seen[child] = 1;
-                (*places)[child] = (node_place){t, next_leaf, 0, 0, place->depth + 1};
+                (*places)[child] = (node_place){t, next_leaf, 0, 0};
                 *to = child;
                 stack[top++] = (visit){child, 0};
             }
@@ -421,7 +430,8 @@ static int build_walk(ps_trees *m) {
                 seat[i] = (int32_t)task.at;
             }
             uint32_t f = (uint32_t)m->feature[i], copy = f + (m->nan_yes[i] ? m->n_inputs : 0), child = (uint32_t)used;
-            walk_task yes = {child, m->yes[i], -1, -1, task.depth + 1}, no = {child + 1, m->no[i], -1, -1, task.depth + 1};
+            walk_task yes = {child, m->yes[i], -1, -1, task.depth + 1};
+            walk_task no = {child + 1, m->no[i], -1, -1, task.depth + 1};
             double threshold = m->threshold[i];
             if (begin < end) {
                 if (task.lo < 0) {
@@ -435,11 +445,15 @@ static int build_walk(ps_trees *m) {
                     int32_t mid = (task.lo + task.hi) / 2;
                     threshold = m->steps[mid];
                     copy = f;
-                    int below = (m->steps_first[i] ^ (mid - begin)) & 1, above = (m->steps_first[i] ^ (mid + 1 - begin)) & 1;
-                    yes = mid == task.lo ? (walk_task){child, below ? m->yes[i] : m->no[i], -1, -1, task.depth + 1}
-                                         : (walk_task){child, i, task.lo, mid, task.depth + 1};
-                    no = mid + 1 == task.hi ? (walk_task){child + 1, above ? m->yes[i] : m->no[i], -1, -1, task.depth + 1}
-                                            : (walk_task){child + 1, i, mid + 1, task.hi, task.depth + 1};
+                    int below = (m->steps_first[i] ^ (mid - begin)) & 1, above = !below;
+                    if (mid == task.lo)
+                        yes.what = below ? m->yes[i] : m->no[i];
+                    else
+                        yes = (walk_task){child, i, task.lo, mid, task.depth + 1};
+                    if (mid + 1 == task.hi)
+                        no.what = above ? m->yes[i] : m->no[i];
+                    else
+                        no = (walk_task){child + 1, i, mid + 1, task.hi, task.depth + 1};
                 }
             }
             used += 2;
@@ -518,7 +532,8 @@ static int build_masks(ps_trees *m, const node_place *places, size_t table_bytes
         m->row_bytes += 64; /* rows that are a power of two apart would fight for the same cache sets */
 
     int ok = 0;
-    uint32_t *count = calloc((size_t)m->n_inputs + 1, sizeof *count), *steps = calloc((size_t)m->n_inputs + 1, sizeof *steps);
+    uint32_t *count = calloc((size_t)m->n_inputs + 1, sizeof *count);
+    uint32_t *steps = calloc((size_t)m->n_inputs + 1, sizeof *steps);
     placed_node *nodes = malloc(((size_t)n + 1) * sizeof *nodes);
     double *cuts = NULL;
     size_t n_rows = 0, n_ranks = 0, n_cuts = 0;
@@ -1241,7 +1256,8 @@ static void mask_row(const ps_trees *m, const double *x, const uint8_t **from, u
     }
 }
 
-/* The sums of the only raw score (acc begins there) over `rows` rows whose masks stand `row_bytes` apart, in tree order, ROWS rows at a time. */
+/* The sums of the only raw score (acc begins there) over `rows` rows whose masks stand row_bytes apart: in tree order,
+ * ROWS rows side by side. */
 #define SUM_MASKS(name, MASK, CTZ, REAL, VALUE)                                                                        \
     static void name(const ps_trees *m, const uint8_t *masks, uint32_t rows, double *acc) {                            \
         const uint32_t *leaf0 = m->leaf0;                                                                              \

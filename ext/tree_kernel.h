@@ -98,7 +98,7 @@ int ps_trees_simd_of(const ps_trees *trees);
 int ps_trees_mask_bits(const ps_trees *trees);
 size_t ps_trees_bytes(const ps_trees *trees);
 
-/* XGBoost's base_score is stored in output space: the margin in its own float arithmetic. link: 0 none, 1 logit, 2 log. */
+/* XGBoost's base_score is stored in output space: its margin, in float as there. link: 0 none, 1 logit, 2 log. */
 float ps_trees_xgboost_margin(float base_score, int link);
 
 #endif

@@ -34,7 +34,7 @@ def train(data, params, path, rounds=15, categorical=True):
     dataset = lgb.Dataset(x, y3 if classes else y, categorical_feature=columns)
     params = {"verbose": -1, "num_threads": 1, "min_data_in_leaf": 5, "deterministic": True, **params}
     lgb.train(params, dataset, rounds).save_model(path)
-    return lgb.Booster(params={"num_threads": 1}, model_file=path)
+    return lgb.Booster(model_file=path)
 
 
 def rows_for(form, data, rng, n=300):
