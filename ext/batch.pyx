@@ -4,6 +4,7 @@ What must stay true: a row of a table goes through the same steps as a single ev
 the same bits.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_GET_SIZE
 from libc.math cimport NAN
 from libc.stdint cimport int8_t, int16_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
@@ -55,6 +56,7 @@ cdef class VerdictColumns:
         self.outcome = <uint8_t *><uintptr_t>outcome.ctypes.data
 
 
+@cython.final
 cdef class BatchRun:
     """One pass over tables; see Core.run_table."""
     cdef:
@@ -167,10 +169,10 @@ cdef class BatchRun:
             self.progress(start - reported)
         return self.texts
 
-    cdef int table_of(self, Py_ssize_t i) noexcept nogil:
+    cdef inline int table_of(self, Py_ssize_t i) noexcept nogil:
         return self.order_table[i] if self.order_table != NULL else 0
 
-    cdef Py_ssize_t row_of(self, Py_ssize_t i) noexcept nogil:
+    cdef inline Py_ssize_t row_of(self, Py_ssize_t i) noexcept nogil:
         return self.order_row[i] if self.order_row != NULL else i
 
     cdef int decode(self, Rows rows, Py_ssize_t start, int n) noexcept nogil:

@@ -80,6 +80,7 @@ def _after_fork_child():
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_parent, after_in_child=_after_fork_child)
 
 
+@cython.final
 cdef class Core:
     """Everything that runs per event. Built by `penstock.engine`; calls may come from any thread, one runs at a time."""
 

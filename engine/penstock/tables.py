@@ -259,7 +259,9 @@ class OutColumns:
         for slot in slots:
             kind = {"bool": 1, "string": 2}.get(slot.type, 0)
             dtype: Any = {"float64": np.float64, "bool": np.uint8}.get(slot.type, np.int64)
-            data = np.empty(0 if kind == 2 else rows, dtype=dtype)
+            # From Arrow's pool, which keeps freed memory at hand: fresh pages cost as much as the features in them.
+            size = 0 if kind == 2 else rows * np.dtype(dtype).itemsize
+            data = np.frombuffer(pyarrow().allocate_buffer(size), dtype=dtype)
             absent = np.zeros(0 if kind == 2 else rows, dtype=np.uint8)  # 1: null, 2: a wide integer
             self.data.append(data)
             self.absent.append(absent)
