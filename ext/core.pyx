@@ -697,6 +697,16 @@ cdef class Core:
             free(slots)
             free(status)
 
+    def prefer_latency(self):
+        """Let the state grow in small steps, so that no single event waits for a large page (the server does)."""
+        cdef WindowStore store
+        self.enter()
+        try:
+            for store in self.stores:
+                store.api.small_pages(store.ptr)
+        finally:
+            self.leave()
+
     def store_stats(self):
         """Per store: entities, events held, bytes used, bytes mapped."""
         cdef WindowStore store

@@ -257,6 +257,15 @@ static int commit_to(ps_store *S, uint64_t bytes) {
     return 1;
 }
 
+/* From here on the store grows by small pages: to find and clear a large one takes the system milliseconds, which one
+ * event would wait for. What is there already stays in large pages. */
+static void store_small_pages(ps_store *S) {
+#ifdef MADV_NOHUGEPAGE
+    madvise(S->base, S->reserved, MADV_NOHUGEPAGE);
+#endif
+    S->huge = 1; /* do not ask for them again */
+}
+
 /* Fresh memory, all zeros. */
 static ref_t heap_bump(ps_store *S, uint32_t units) {
     uint64_t at = S->map->bump;
@@ -2363,7 +2372,7 @@ const char *ps_store_error_text(int code) {
 static const ps_store_api api = {
     key_hash,    store_prefetch, store_prefetch_blob, store_find,         store_find_or_create, store_apply,
     store_read,  store_version,  store_sweep,         store_stats,        store_log_position,   store_forget_unused,
-    store_engine_field, store_reserve,
+    store_engine_field, store_reserve, store_small_pages,
 };
 
 const ps_store_api *ps_store_get_api(void) { return &api; }

@@ -160,6 +160,8 @@ typedef struct {
     uint64_t *(*engine_field)(ps_store *, ps_handle);
     /* Memory for one apply of this event: after 0 it does not fail for want of memory. Or an error code, as apply. */
     int (*reserve)(ps_store *, ps_handle, const ps_event *);
+    /* Grow by small pages from now on: steadier, a little slower; large ones suit replay. */
+    void (*small_pages)(ps_store *);
 } ps_store_api;
 
 const ps_store_api *ps_store_get_api(void);

@@ -79,6 +79,7 @@ cdef extern from "window_state.h" nogil:
         void (*forget_unused)(ps_store *, ps_handle) noexcept nogil
         uint64_t *(*engine_field)(ps_store *, ps_handle) noexcept nogil
         int (*reserve)(ps_store *, ps_handle, const ps_event *) noexcept nogil
+        void (*small_pages)(ps_store *) noexcept nogil
 
     enum:
         PS_LIFETIME

@@ -103,6 +103,7 @@ async def _serve(engine: Engine, config: ServerConfig, listener: socket.socket) 
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+    engine.core.prefer_latency()
     gc.collect()
     gc.freeze()
     acceptor = await loop.create_server(server, sock=listener, backlog=BACKLOG)
