@@ -1,6 +1,5 @@
 """OnnxModel: the C API against InferenceSession.run, bit for bit; shapes, names, errors, threads."""
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -296,6 +295,7 @@ def test_errors_carry_onnx_runtimes_own_words(tmp_path):
 def test_damaged_files_are_errors(seed):
     rng = np.random.default_rng(seed)
     whole = network()
+    refused = 0
     for _ in range(40):
         data = bytearray(whole)
         if rng.random() < 0.5:
@@ -303,8 +303,11 @@ def test_damaged_files_are_errors(seed):
         else:
             for at in rng.integers(len(data), size=3):
                 data[at] ^= 1 << rng.integers(8)
-        with contextlib.suppress(OnnxError, ValueError):
+        try:
             OnnxModel(bytes(data)).predict(np.zeros(5))
+        except (OnnxError, ValueError):
+            refused += 1
+    assert refused > 10  # a flipped bit of a weight is another model, a cut file is none
 
 
 def test_many_threads():

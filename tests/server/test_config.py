@@ -61,7 +61,8 @@ def test_refused(file, flags, environment, text, place):
 
 
 def test_variables_of_other_parts_pass(tmp_path):
-    load_config({}, {"PENSTOCK_CACHE": "x", "PENSTOCK_EXT": "http"}, tmp_path / "none.toml")
+    file = tmp_path / "none.toml"
+    assert load_config({}, {"PENSTOCK_CACHE": "x", "PENSTOCK_EXT": "http"}, file) == load_config({}, {}, file)
 
 
 def test_flags():
