@@ -14,9 +14,9 @@ from libc.string cimport memcpy
 from penstock.errors import EngineError
 
 from penstock._ext.core cimport Core
-from penstock._ext.decision cimport Decision, OUTCOME_DUPLICATE, Verdict
+from penstock._ext.decision cimport Decision, OUTCOME_DUPLICATE, Verdict, slot_value
 from penstock._ext.events cimport Column, ColumnSet, EventReader
-from penstock._ext.row cimport PS_AGED, PS_PRESENT, PS_STR_LENGTH, PS_STR_OFFSET, PS_WIDE, ps_slot
+from penstock._ext.row cimport PS_AGED, PS_PRESENT, ps_slot
 from penstock._ext.steps cimport BLOCK, OUT_OF_MEMORY, PipeC, Pipe, RowKeys, Rows, Source, SourceC, checked
 
 
@@ -58,7 +58,7 @@ cdef class VerdictColumns:
 
 @cython.final
 cdef class BatchRun:
-    """One pass over tables; see Core.run_table."""
+    """One pass over tables; see run_table."""
     cdef:
         Core core
         list tables
@@ -281,9 +281,9 @@ cdef class BatchRun:
                 self.core.prepare_keys(this.keys, this.n_keys, slots, &rows.arena, &rows.keys[i])
             else:
                 self.core.prepare_keys(source.keys, source.n_keys, slots, &rows.arena, &rows.keys[i])
-            rows.ingest_times[i] = slots[source.time].i if self.core.event_clock else now
             if self.core.advance(source, this, <void *>self.pipe, slots, rows.status + i * rows.width, &rows.arena,
-                                 &rows.keys[i], rows.ingest_times[i], modes[i] if have_modes else self.ingest,
+                                 &rows.keys[i], slots[source.time].i if self.core.event_clock else now,
+                                 modes[i] if have_modes else self.ingest,
                                  &rows.verdicts[i]) != 0:
                 return OUT_OF_MEMORY
             self.core.sweep(source)
@@ -300,7 +300,6 @@ cdef class BatchRun:
     cdef int write(self, Rows rows, const int *which, int scored, Py_ssize_t written) except -1:
         cdef int i, c, row, k
         cdef OutColumn *out
-        cdef ps_slot slot
         cdef Verdict *verdict
         cdef VerdictColumns v = self.verdicts
         cdef int n_arms
@@ -311,9 +310,7 @@ cdef class BatchRun:
                 texts = <list>self.texts[c]
                 for i in range(scored):
                     row = which[i] * rows.width + out.slot
-                    slot = rows.slots[row]
-                    texts.append(rows.arena.data[PS_STR_OFFSET(slot.u):PS_STR_OFFSET(slot.u) + PS_STR_LENGTH(slot.u)].decode()
-                                 if rows.status[row] & 7 == PS_PRESENT else None)
+                    texts.append(slot_value(rows.slots[row], rows.status[row], "string", rows.arena.data))
                 continue
             for i in range(scored):
                 row = which[i] * rows.width + out.slot

@@ -13,7 +13,6 @@ cdef class Core:
         readonly list sources
         readonly list pipes
         list stores
-        dict source_of            # event class -> Source
         list keep
         Rows single
         ps_arena spare            # strings of an event that a read is asked to count in
@@ -25,7 +24,6 @@ cdef class Core:
         unsigned long owner
         bint forked
         void *mutex
-        int deployment
         object __weakref__
 
     cdef int enter(self) except -1

@@ -85,8 +85,6 @@ cdef class Core:
     """Everything that runs per event. Built by `penstock.engine`; calls may come from any thread, one runs at a time."""
 
     def __cinit__(self, list sources, list pipes, list stores, bytes constants, bint event_clock):
-        cdef Source source
-        cdef Pipe pipe
         self.mutex = checked(1, sizeof(pthread_mutex_t))
         pthread_mutex_init(<pthread_mutex_t *>self.mutex, NULL)
         self.sources = sources
@@ -96,9 +94,6 @@ cdef class Core:
         self.event_clock = event_clock
         self.ids = IdSource()
         self.last_now = 0
-        self.source_of = {}
-        for source in sources:
-            self.source_of[source.reader.user_type] = source
         width, inputs, outputs = self._widths()
         self.single = Rows(1, width, inputs, outputs, constants)
         _cores.add(self)
@@ -171,8 +166,7 @@ cdef class Core:
 
     cdef int prepare_keys(self, const KeyRef *refs, int n, ps_slot *slots, ps_arena *arena, RowKeys *keys) noexcept nogil:
         """Each key as its entity's type. The pointers stay valid while the arena does not grow."""
-        cdef int i, j, size
-        cdef int64_t number
+        cdef int i, size
         cdef ps_key *key
         cdef const char *text
         for i in range(n):
@@ -487,7 +481,7 @@ cdef class Core:
         cdef ps_slot slot = slots[source.reader.id_field]
         if source.reader.types[source.reader.id_field] == PS_INT64:
             return slot.i
-        return arena.data[PS_STR_OFFSET(slot.u):PS_STR_OFFSET(slot.u) + PS_STR_LENGTH(slot.u)].decode()
+        return slot_value(slot, PS_PRESENT, "string", arena.data)
 
     cdef Decision score_one(self, Pipe pipe, object event, bint ingest, bint explain):
         """Validate, look the id up, read, apply, read, compute, decide (SEMANTICS, one step). Called inside enter()."""
@@ -600,7 +594,6 @@ cdef class Core:
 
     cdef int ingest_one(self, Source source, object event) except -1:
         cdef Rows rows = self.single
-        cdef int mode = 1
         cdef int64_t ingest_time
         cdef object id = None
         rows.arena.used = <uint32_t>PyBytes_GET_SIZE(self.constants)
@@ -613,7 +606,7 @@ cdef class Core:
         ingest_time = rows.slots[source.c.time].i if self.event_clock else self.now()
         self.prepare_keys(source.c.keys, source.c.n_keys, rows.slots, &rows.arena, rows.keys)
         self.hash_keys(source.c.n_keys, NULL, 0, &source.c, rows.keys)
-        if self.advance(&source.c, NULL, NULL, rows.slots, rows.status, &rows.arena, rows.keys, ingest_time, mode,
+        if self.advance(&source.c, NULL, NULL, rows.slots, rows.status, &rows.arena, rows.keys, ingest_time, True,
                         rows.verdicts) != 0:
             raise EngineError("out of memory: the event was not ingested")
         self.sweep(&source.c)

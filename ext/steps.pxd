@@ -181,7 +181,6 @@ cdef class Rows:
         double *matrix
         double *scores
         int *picked
-        int64_t *ingest_times
 
 
 cdef void *checked(size_t count, size_t size) except NULL

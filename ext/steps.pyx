@@ -309,7 +309,6 @@ cdef class Rows:
         self.matrix = <double *>checked(capacity * inputs, sizeof(double))
         self.scores = <double *>checked(capacity * outputs, sizeof(double))
         self.picked = <int *>checked(capacity, sizeof(int))
-        self.ingest_times = <int64_t *>checked(capacity, sizeof(int64_t))
         if ps_arena_append(&self.arena, PyBytes_AS_STRING(constants), PyBytes_GET_SIZE(constants), &ignored) != 0:
             raise MemoryError()
 
@@ -321,5 +320,4 @@ cdef class Rows:
         free(self.matrix)
         free(self.scores)
         free(self.picked)
-        free(self.ingest_times)
         free(self.arena.data)
