@@ -28,6 +28,10 @@ C_FILES: dict[str, list[str]] = {
     "core": [],
     "batch": [],
     "http": [],
+    "log": ["event_log.c"],
+    "history": [],
+    "asof": ["asof_join.c"],
+    "snapshot": ["page_delta.c"],
 }
 
 flags = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-unused-function"]
