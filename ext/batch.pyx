@@ -17,15 +17,7 @@ from penstock._ext.core cimport Core
 from penstock._ext.decision cimport Decision, OUTCOME_DUPLICATE, Verdict, slot_value
 from penstock._ext.events cimport Column, ColumnSet, EventReader
 from penstock._ext.row cimport PS_AGED, PS_PRESENT, ps_slot
-from penstock._ext.steps cimport BLOCK, OUT_OF_MEMORY, PipeC, Pipe, RowKeys, Rows, Source, SourceC, checked
-
-
-# One output column of a table run.
-ctypedef struct OutColumn:
-    int slot
-    int kind
-    char *data
-    uint8_t *absent
+from penstock._ext.steps cimport BLOCK, OUT_OF_MEMORY, PipeC, Pipe, RowKeys, Rows, Source, SourceC, UNSCORED, checked
 
 
 cdef class VerdictColumns:
@@ -33,16 +25,6 @@ cdef class VerdictColumns:
 
     ids: 26 bytes each; action, model, failed: int16; score: float64; fired: uint64; arms: int8 x experiments; outcome: uint8.
     """
-    cdef:
-        char *ids
-        int16_t *action
-        int16_t *model
-        int16_t *failed
-        double *score
-        uint64_t *fired
-        int8_t *arms
-        uint8_t *outcome
-        object keep
 
     def __cinit__(self, ids, action, model, failed, score, fired, arms, outcome):
         self.keep = (ids, action, model, failed, score, fired, arms, outcome)
@@ -56,30 +38,8 @@ cdef class VerdictColumns:
         self.outcome = <uint8_t *><uintptr_t>outcome.ctypes.data
 
 
-@cython.final
 cdef class BatchRun:
-    """One pass over tables; see run_table."""
-    cdef:
-        Core core
-        list tables
-        list sets
-        Pipe pipe
-        int n_tables
-        SourceC *sources[32]
-        const Column *columns[32]
-        void *readers[32]
-        uint8_t scored[32]
-        uint8_t *order_table
-        int64_t *order_row
-        Py_ssize_t total
-        OutColumn *out
-        int n_out
-        list texts
-        bint ingest
-        VerdictColumns verdicts
-        object progress
-        object keep
-        bint any_id
+    """One pass over tables; see run_table. HistoryRun (history.pyx) feeds the same steps from the event log."""
 
     def __cinit__(self, Core core, list tables, order, list out, Py_ssize_t pipeline, bint ingest, verdicts_out, progress):
         cdef int i
@@ -140,16 +100,17 @@ cdef class BatchRun:
             core.enter()
             try:
                 rows.arena.used = <uint32_t>PyBytes_GET_SIZE(core.constants)
+                if not core.event_clock:
+                    now = core.now()
                 with nogil:
-                    code = self.decode(rows, start, n)
+                    code = self.decode(rows, start, n, now)
                 if code == 0:
-                    if not core.event_clock:
-                        now = core.now()
                     ids = self.look_up(rows, start, n, now, modes) if self.any_id else None
                     with nogil:
-                        scored = self.step(rows, start, n, now, modes, ids is not None, which)
+                        scored = self.step(rows, start, n, modes, ids is not None, which)
                     if scored < 0:
                         code = scored
+                        self.forget(ids, modes, n)
                 if code == 0 and scored:
                     self.write(rows, which, scored, written)
                     if ids is not None:
@@ -160,7 +121,8 @@ cdef class BatchRun:
             if self.pipe is not None:
                 self.pipe.error = None
             if code != 0:
-                raise EngineError(f"out of memory after {start} rows; the rows before were ingested")
+                raise core.not_ingested(code, f"the first {start + self.advanced} of {self.total} rows were ingested")
+            core.wait_for_log()
             start += n
             if self.progress is not None and start - reported >= 16384:
                 self.progress(start - reported)
@@ -169,13 +131,13 @@ cdef class BatchRun:
             self.progress(start - reported)
         return self.texts
 
-    cdef inline int table_of(self, Py_ssize_t i) noexcept nogil:
+    cdef int table_of(self, Py_ssize_t i) noexcept nogil:
         return self.order_table[i] if self.order_table != NULL else 0
 
-    cdef inline Py_ssize_t row_of(self, Py_ssize_t i) noexcept nogil:
+    cdef Py_ssize_t row_of(self, Py_ssize_t i) noexcept nogil:
         return self.order_row[i] if self.order_row != NULL else i
 
-    cdef int decode(self, Rows rows, Py_ssize_t start, int n) noexcept nogil:
+    cdef int decode(self, Rows rows, Py_ssize_t start, int n, int64_t now) noexcept nogil:
         """Rows of the slice into the block, then their keys and hashes; the buckets are on their way meanwhile."""
         cdef int i, j, table
         cdef SourceC *source
@@ -194,6 +156,7 @@ cdef class BatchRun:
             source = self.sources[table]
             slots = rows.slots + i * rows.width
             keys = &rows.keys[i]
+            keys.ingest_time = slots[source.time].i if self.core.event_clock else now
             if self.scored[table]:
                 self.core.prepare_keys(pipe.keys, pipe.n_keys, slots, &rows.arena, keys)
                 self.core.hash_keys(pipe.n_keys, pipe.reads, pipe.n_reads, source, keys)
@@ -249,16 +212,25 @@ cdef class BatchRun:
             ids.append((id, home))
         return ids
 
-    cdef int step(self, Rows rows, Py_ssize_t start, int n, int64_t now, const int *modes, bint have_modes,
-                  int *which) noexcept nogil:
-        """Advance every row in order, then models, then rules. Returns how many rows were scored, or OUT_OF_MEMORY."""
-        cdef int i, j, ahead, table, scored = 0
+    cdef int forget(self, list ids, const int *modes, int n) except -1:
+        """A slice that ended early: rows that were not ingested are not known either, so they may come again."""
+        cdef int i
+        if ids is not None:
+            for i in range(self.advanced, n):
+                if ids[i] is not None and modes[i] == 1:
+                    (<dict>(<tuple>ids[i])[1]).pop((<tuple>ids[i])[0], None)
+        return 0
+
+    cdef int step(self, Rows rows, Py_ssize_t start, int n, const int *modes, bint have_modes, int *which) noexcept nogil:
+        """Advance every row in order, then models, then rules. Returns how many rows were scored, or advance()'s code."""
+        cdef int i, j, code, ahead, table, scored = 0
         cdef SourceC *source
         cdef ps_slot *slots
         cdef PipeC *pipe = &self.pipe.c if self.pipe is not None else NULL
         cdef PipeC *this
         cdef RowKeys *keys
         cdef char *base = rows.keys_base
+        self.advanced = 0
         for i in range(n):
             ahead = i + 6
             if ahead < n:
@@ -281,11 +253,11 @@ cdef class BatchRun:
                 self.core.prepare_keys(this.keys, this.n_keys, slots, &rows.arena, &rows.keys[i])
             else:
                 self.core.prepare_keys(source.keys, source.n_keys, slots, &rows.arena, &rows.keys[i])
-            if self.core.advance(source, this, <void *>self.pipe, slots, rows.status + i * rows.width, &rows.arena,
-                                 &rows.keys[i], slots[source.time].i if self.core.event_clock else now,
-                                 modes[i] if have_modes else self.ingest,
-                                 &rows.verdicts[i]) != 0:
-                return OUT_OF_MEMORY
+            code = self.core.advance(source, this, <void *>self.pipe, slots, rows.status + i * rows.width, &rows.arena,
+                                     &rows.keys[i], modes[i] if have_modes else self.ingest, &rows.verdicts[i])
+            if code != 0:
+                return code
+            self.advanced += 1
             self.core.sweep(source)
             if this != NULL:
                 which[scored] = i
@@ -328,6 +300,12 @@ cdef class BatchRun:
                 verdict = &rows.verdicts[which[i]]
                 if v.ids != NULL:
                     self.core.ids.next(now, v.ids + 26 * (written + i))
+                    if self.core.log_ptr != NULL and (verdict.failed < 0 or self.pipe.c.fallback >= 0):
+                        row = which[i]
+                        self.core.append_score(
+                            &self.pipe.c, rows.slots + row * rows.width, rows.status + row * rows.width, &rows.arena,
+                            &rows.keys[row], verdict, v.ids + 26 * (written + i),
+                            rows.slots[row * rows.width + self.pipe.source.c.time].i)
                 v.action[written + i] = verdict.action
                 v.model[written + i] = verdict.model
                 v.failed[written + i] = verdict.failed

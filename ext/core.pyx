@@ -8,24 +8,29 @@ cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.pythread cimport PyThread_get_thread_ident
 from libc.math cimport NAN, isnan
-from libc.stdint cimport int16_t, int64_t, int8_t, uint32_t, uint64_t, uint8_t
+from libc.stdint cimport int16_t, int64_t, int8_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free
+from libc.string cimport memcpy, memset
 
 import os
 import weakref
 
-from penstock.errors import EngineError, EventError, ReplayNeeded, ScoringError
+from penstock.errors import EngineError, EventError, LogError, ReplayNeeded, ScoringError
 
 from penstock._ext.decision cimport (
     OUTCOME_APPLIED, OUTCOME_DUPLICATE, OUTCOME_LATE, OUTCOME_OFF, OUTCOME_QUARANTINED, N_OUTCOMES, slot_value,
 )
+from penstock._ext.event_record cimport (
+    PS_RECORD_EVENT, PS_RECORD_SCORE, ps_pad8, ps_record, ps_record_fixed, ps_score,
+)
+from penstock._ext.log cimport EventLog
 from penstock._ext.row cimport (
     PS_AGED, PS_BOOL, PS_FLOAT64, PS_INT64, PS_NULL_VALUE, PS_OUTSIDE_MAX_AGE, PS_PRESENT, PS_STR_LENGTH,
-    PS_STR_OFFSET, PS_STRING, PS_WIDE,
+    PS_STR, PS_STR_OFFSET, PS_STRING, PS_WIDE,
 )
 from penstock._ext.events cimport ps_arena_append
 from penstock._ext.steps cimport (
-    Function, KeyRef, MAX_ARGUMENTS, MAX_ARMS, MAX_COLUMNS, MAX_STORES, ModelRun, OUT_OF_MEMORY, Pipe, PipeC, Read,
+    Function, KeyRef, LOG_REFUSED, MAX_ARGUMENTS, MAX_ARMS, MAX_COLUMNS, MAX_STORES, ModelRun, OUT_OF_MEMORY, Pipe, PipeC, Read,
     RowKeys, Rows, Source, SourceC, UNSCORED, Use, checked,
 )
 from penstock._ext.windows cimport WindowStore, ps_key, ps_store_api, ps_store_stats
@@ -151,6 +156,185 @@ cdef class Core:
         """In a child process: go on with the state as it was at the fork, as a node of its own."""
         self.forked = False
         self.ids = IdSource()
+        self.log = None
+        self.log_ptr = NULL
+
+    # the event log
+
+    def attach_log(self, EventLog log, list event_schemas, list score_schemas, double share):
+        """From now on every accepted event is appended to a log, and of `share` of the keys every score.
+
+        event_schemas, score_schemas: the number of each source's and each pipeline's schema in the log. With None the
+        engine logs no more.
+        """
+        cdef Source source
+        cdef Pipe pipe
+        self.enter()
+        try:
+            for source, number in zip(self.sources, event_schemas):
+                source.c.log_schema = number
+            for pipe, number in zip(self.pipes, score_schemas):
+                pipe.c.log_schema = number
+            self.log = log
+            self.log_ptr = NULL if log is None else log.ptr
+            self.log_api = NULL if log is None else log.api
+            self.log_id = 0 if log is None else log.log_id
+            self.score_share = <uint64_t>(share * 4294967296.0)
+            self.wait_here = log is not None and log.sync_us == 0
+        finally:
+            self.leave()
+
+    def leave_waiting_to_caller(self):
+        """With `fsync always`: calls return before the sync, and the caller waits for it (the server does)."""
+        self.wait_here = False
+
+    def go_on_from(self, int64_t sequence, int64_t ingest_time, list watermarks):
+        """After recovery: the next event's sequence, the newest ingest time, and each source's watermark (None: none)."""
+        cdef Source source
+        self.sequence = sequence
+        self.last_now = max(self.last_now, ingest_time)
+        for source, watermark in zip(self.sources, watermarks):
+            if watermark is not None and watermark > source.c.watermark:
+                source.c.watermark = watermark
+
+    @property
+    def next_sequence(self):
+        return self.sequence
+
+    @property
+    def last_ingest_time(self):
+        return self.last_now
+
+    @property
+    def scores_not_logged(self):
+        """Decisions that were answered but found no room in the log."""
+        return self.scores_lost
+
+    cdef int append_event(self, SourceC *source, PipeC *pipe, ps_slot *slots, uint8_t *status, ps_arena *arena,
+                          RowKeys *keys, int outcome, bint applied, ps_handle *handles) noexcept nogil:
+        """The event as accepted, with the versions that it gives. Everything that can fail afterwards has been reserved."""
+        cdef uint32_t strings = 0
+        cdef uint32_t fixed, bytes, size
+        cdef int i, slot
+        cdef ps_record *r
+        cdef uint64_t *version
+        cdef ps_slot *out
+        cdef char *text
+        for i in range(source.n_strings):
+            if status[source.strings[i]] & 7 == PS_PRESENT:
+                strings += PS_STR_LENGTH(slots[source.strings[i]].u)
+        fixed = ps_record_fixed(0, source.n_uses if applied else 0, source.n_fields)
+        bytes = fixed + ps_pad8(strings)
+        r = self.log_api.reserve(self.log_ptr, bytes, pipe.score_room if pipe != NULL else 0)
+        if r == NULL:
+            return LOG_REFUSED
+        r.kind = PS_RECORD_EVENT
+        r.outcome = <uint8_t>outcome
+        r.schema = <uint16_t>source.log_schema
+        r.n_fields = <uint16_t>source.n_fields
+        r.n_versions = <uint8_t>(source.n_uses if applied else 0)
+        r.flags = 0
+        r.sequence = self.sequence
+        r.ingest_time = keys.ingest_time
+        version = <uint64_t *>(r + 1)
+        for i in range(r.n_versions):
+            version[i] = source.uses[i].api.version(source.uses[i].store, handles[i]) + 1
+        out = <ps_slot *>(version + r.n_versions)
+        memcpy(out, slots, source.n_fields * sizeof(ps_slot))
+        memcpy(out + source.n_fields, status, source.n_fields)
+        memset(<char *>(out + source.n_fields) + source.n_fields, 0, ps_pad8(source.n_fields) - source.n_fields)
+        text = <char *>r + fixed
+        size = 0
+        for i in range(source.n_strings):
+            slot = source.strings[i]
+            if status[slot] & 7 == PS_PRESENT:
+                memcpy(text + size, arena.data + PS_STR_OFFSET(slots[slot].u), PS_STR_LENGTH(slots[slot].u))
+                out[slot].u = PS_STR(size, PS_STR_LENGTH(slots[slot].u))
+                size += PS_STR_LENGTH(slots[slot].u)
+            else:
+                out[slot].u = 0
+        memset(text + size, 0, bytes - fixed - size)
+        self.log_api.commit(self.log_ptr, r, bytes)
+        return 0
+
+    cdef void append_score(self, PipeC *pipe, ps_slot *slots, uint8_t *status, ps_arena *arena, RowKeys *keys,
+                           const Verdict *verdict, const char *id, int64_t as_of) noexcept nogil:
+        """The decision on an event that is in the log. Without room for it the decision stands; it is counted."""
+        cdef uint32_t strings = 0
+        cdef uint32_t fixed, bytes, size
+        cdef int i, slot
+        cdef ps_record *r
+        cdef ps_score *score
+        cdef uint64_t *version
+        cdef ps_slot *out
+        cdef uint8_t *out_status
+        cdef char *text
+        if keys.sequence < 0:
+            return
+        if not self.score_share >> 32 and pipe.n_keys:
+            if keys.hash[0] >> 32 >= self.score_share:
+                return
+        for i in range(pipe.n_logged):
+            slot = pipe.logged[i]
+            if pipe.logged_string[i] and status[slot] & 7 == PS_PRESENT:
+                strings += PS_STR_LENGTH(slots[slot].u)
+        fixed = ps_record_fixed(1, pipe.n_reads, pipe.n_logged)
+        bytes = fixed + ps_pad8(strings)
+        r = self.log_api.reserve(self.log_ptr, bytes, 0)
+        if r == NULL:
+            self.scores_lost += 1
+            return
+        r.kind = PS_RECORD_SCORE
+        r.outcome = verdict.outcome
+        r.schema = <uint16_t>pipe.log_schema
+        r.n_fields = <uint16_t>pipe.n_logged
+        r.n_versions = <uint8_t>pipe.n_reads
+        r.flags = 0
+        r.sequence = keys.sequence
+        r.ingest_time = keys.ingest_time
+        score = <ps_score *>(r + 1)
+        memset(score, 0, sizeof(ps_score))
+        memcpy(&score.id[0], id, 26)
+        score.action = verdict.action
+        score.model = verdict.model
+        score.failed = verdict.failed
+        score.score = verdict.score
+        score.fired = verdict.fired
+        score.as_of = as_of
+        memcpy(&score.arms[0], &verdict.arms[0], pipe.n_assigns)
+        score.has_score = verdict.has_score
+        score.outcome = verdict.outcome
+        version = <uint64_t *>(score + 1)
+        memcpy(version, keys.version, pipe.n_reads * 8)
+        out = <ps_slot *>(version + pipe.n_reads)
+        out_status = <uint8_t *>(out + pipe.n_logged)
+        text = <char *>r + fixed
+        size = 0
+        for i in range(pipe.n_logged):
+            slot = pipe.logged[i]
+            out[i] = slots[slot]
+            out_status[i] = status[slot]
+            if pipe.logged_string[i]:
+                out[i].u = 0
+                if status[slot] & 7 == PS_PRESENT:
+                    memcpy(text + size, arena.data + PS_STR_OFFSET(slots[slot].u), PS_STR_LENGTH(slots[slot].u))
+                    out[i].u = PS_STR(size, PS_STR_LENGTH(slots[slot].u))
+                    size += PS_STR_LENGTH(slots[slot].u)
+        memset(out_status + pipe.n_logged, 0, ps_pad8(pipe.n_logged) - pipe.n_logged)
+        memset(text + size, 0, bytes - fixed - size)
+        self.log_api.commit(self.log_ptr, r, bytes)
+
+    cdef object not_ingested(self, int code, str what):
+        """The error for a code of advance() that left nothing changed."""
+        if code == LOG_REFUSED:
+            return LogError(f"{self.log.error_text()} ({what})")
+        return EngineError(f"out of memory: {what}")
+
+    cdef int wait_for_log(self) except -1:
+        """With `fsync always`: until what was appended is on disk. Outside enter(), so that threads share a sync."""
+        if self.wait_here and self.log is not None:
+            self.log.wait()
+        return 0
 
     cdef int64_t now(self) noexcept nogil:
         """The ingest clock: wall time in microseconds that never goes back."""
@@ -190,12 +374,14 @@ cdef class Core:
         return 0
 
     cdef int advance(self, SourceC *source, PipeC *pipe, void *pipe_object, ps_slot *slots, uint8_t *status, ps_arena *arena,
-                     RowKeys *keys, int64_t ingest_time, int ingest, Verdict *verdict) noexcept nogil:
-        """Judge the event, read, apply, read again, then functions and assignment: all but models and rules.
+                     RowKeys *keys, int ingest, Verdict *verdict) noexcept nogil:
+        """Judge the event, log it, read, apply, read again, then functions and assignment: all but models and rules.
 
         ingest: 1 to apply, 0 to evaluate only, -1 for an event that was ingested before but never decided on (a repeated
-        id), -2 for one that is not to be counted as a decision again.
-        Returns 0; OUT_OF_MEMORY and nothing has changed; or UNSCORED: memory ended in a read after the event was applied.
+        id), -2 for one that is not to be counted as a decision again; 2 for one out of the log, whose outcome stands in
+        the verdict. keys.ingest_time is the event's.
+        Returns 0; OUT_OF_MEMORY or LOG_REFUSED and nothing has changed; or UNSCORED: memory ended in a read after the
+        event was applied.
         """
         cdef ps_handle handles[MAX_STORES]
         cdef ps_event events[MAX_STORES]
@@ -208,7 +394,10 @@ cdef class Core:
         cdef ps_slot *value
         cdef Function *function
         cdef char *base = arena.data
+        cdef int64_t ingest_time = keys.ingest_time
+        cdef bint logged = self.log_ptr != NULL and (ingest == 1 or ingest == -1)
 
+        keys.sequence = self.sequence if logged else -1
         if pipe != NULL:
             verdict.counted = ingest == 1 or ingest == -1
             verdict.fired = 0
@@ -217,7 +406,9 @@ cdef class Core:
             verdict.has_score = 0
             verdict.score = NAN
             verdict.action = pipe.default_action
-        if ingest == 0:
+        if ingest == 2:
+            apply = verdict.outcome == OUTCOME_APPLIED
+        elif ingest == 0:
             verdict.outcome = OUTCOME_OFF
         elif ingest < 0:
             verdict.outcome = OUTCOME_DUPLICATE
@@ -238,7 +429,7 @@ cdef class Core:
                 statuses[used + j] = status[use.fields[j]]
             events[i].event_time = at
             events[i].ingest_time = ingest_time
-            events[i].log_id = 0
+            events[i].log_id = self.log_id
             events[i].sequence = self.sequence
             events[i].values = values + used
             events[i].status = statuses + used
@@ -267,12 +458,22 @@ cdef class Core:
                         for j in range(i):
                             source.uses[j].api.forget_unused(source.uses[j].store, handles[j])
                         return OUT_OF_MEMORY
-            for i in range(1, source.n_uses):
+            # With a log the first one too: what was logged must then be applied.
+            for i in range(0 if logged else 1, source.n_uses):
                 use = &source.uses[i]
                 if use.api.reserve(use.store, handles[i], &events[i]) != 0:
                     for j in range(source.n_uses):
                         source.uses[j].api.forget_unused(source.uses[j].store, handles[j])
                     return OUT_OF_MEMORY
+        if logged:
+            j = self.append_event(source, pipe, slots, status, arena, keys, verdict.outcome, apply, handles)
+            if j != 0:
+                if apply:
+                    for i in range(source.n_uses):
+                        source.uses[i].api.forget_unused(source.uses[i].store, handles[i])
+                return j
+            self.sequence += 1
+        if apply:
             for i in range(source.n_uses):
                 use = &source.uses[i]
                 # Strings may have moved: views read above append to the arena.
@@ -281,7 +482,8 @@ cdef class Core:
                     for j in range(i, source.n_uses):
                         source.uses[j].api.forget_unused(source.uses[j].store, handles[j])
                     return OUT_OF_MEMORY
-            self.sequence += 1
+            if not logged:
+                self.sequence += 1
             if at > source.watermark:
                 source.watermark = at
             source.applied += 1
@@ -290,7 +492,7 @@ cdef class Core:
         if pipe == NULL:
             return 0
         # An event whose id was seen before is in the state already, or was late.
-        if self.read_views(pipe, keys, handles, events, apply or ingest < 0, True, at, slots, status, arena) != 0:
+        if self.read_views(pipe, keys, handles, events, apply or verdict.outcome == OUTCOME_DUPLICATE, True, at, slots, status, arena) != 0:
             return UNSCORED
 
         for i in range(pipe.n_functions):
@@ -346,6 +548,7 @@ cdef class Core:
                     extra = &moved
             else:
                 handle = read.api.find(read.store, &keys.key[read.key], keys.hash[read.key])
+            keys.version[i] = read.api.version(read.store, handle)
             if read.api.read(read.store, handle, read.group, as_of, extra, slots + read.first, status + read.first,
                              arena) != 0:
                 return OUT_OF_MEMORY
@@ -469,6 +672,9 @@ cdef class Core:
         cdef Verdict *verdict = &rows.verdicts[row]
         self.ids.next(now, id)
         decision = Decision.new(pipe.texts, id, verdict)
+        if self.log_ptr != NULL and (verdict.failed < 0 or pipe.c.fallback >= 0):
+            self.append_score(&pipe.c, rows.slots + row * rows.width, rows.status + row * rows.width, &rows.arena,
+                              &rows.keys[row], verdict, id, rows.slots[row * rows.width + pipe.source.c.time].i)
         if explain:
             decision.row = (
                 PyBytes_FromStringAndSize(<char *>(rows.slots + row * rows.width), pipe.c.n_slots * sizeof(ps_slot))
@@ -490,7 +696,7 @@ cdef class Core:
         cdef int mode = ingest
         cdef int which = 0
         cdef int code
-        cdef int64_t now, ingest_time
+        cdef int64_t now
         cdef object id = None
         cdef dict home = None
         cdef Decision decision
@@ -517,16 +723,17 @@ cdef class Core:
                     return answer
                 mode = -1 if ingest else -2
         now = self.now()
-        ingest_time = rows.slots[source.c.time].i if self.event_clock else now
+        rows.keys.ingest_time = rows.slots[source.c.time].i if self.event_clock else now
         self.prepare_keys(pipe.c.keys, pipe.c.n_keys, rows.slots, &rows.arena, rows.keys)
         self.hash_keys(pipe.c.n_keys, pipe.c.reads, pipe.c.n_reads, &source.c, rows.keys)
-        code = self.advance(&source.c, &pipe.c, <void *>pipe, rows.slots, rows.status, &rows.arena, rows.keys, ingest_time,
-                            mode, rows.verdicts)
+        code = self.advance(&source.c, &pipe.c, <void *>pipe, rows.slots, rows.status, &rows.arena, rows.keys, mode,
+                            rows.verdicts)
         if code != 0:
             if code == UNSCORED and id is not None and mode == 1:
                 source.seen[id] = None
-            raise EngineError("out of memory: the event was " + ("ingested, not scored" if code == UNSCORED and mode == 1
-                                                                 else "not ingested"))
+            if code == UNSCORED and mode == 1:
+                raise EngineError("out of memory: the event was ingested, not scored")
+            raise self.not_ingested(code, "the event was not ingested")
         self.run_models(&pipe.c, rows, &which, 1)
         self.decide(&pipe.c, rows.slots, rows.status, &rows.arena, rows.verdicts)
         self.sweep(&source.c)
@@ -567,9 +774,11 @@ cdef class Core:
         cdef Pipe pipe = <Pipe>self.pipes[pipeline]
         self.enter()
         try:
-            return self.score_one(pipe, event, ingest, explain)
+            decision = self.score_one(pipe, event, ingest, explain)
         finally:
             self.leave()
+        self.wait_for_log()
+        return decision
 
     cpdef list score_many(self, Py_ssize_t pipeline, list events, bint ingest=True, bint explain=False):
         """Score several events in order, all or nothing: every one is validated before the first is ingested.
@@ -580,9 +789,11 @@ cdef class Core:
         self.enter()
         try:
             self.validate(pipe.source, events)
-            return [self.score_one(pipe, event, ingest, explain) for event in events]
+            decisions = [self.score_one(pipe, event, ingest, explain) for event in events]
         finally:
             self.leave()
+        self.wait_for_log()
+        return decisions
 
     cdef int validate(self, Source source, list events) except -1:
         cdef Py_ssize_t i
@@ -594,7 +805,7 @@ cdef class Core:
 
     cdef int ingest_one(self, Source source, object event) except -1:
         cdef Rows rows = self.single
-        cdef int64_t ingest_time
+        cdef int code
         cdef object id = None
         rows.arena.used = <uint32_t>PyBytes_GET_SIZE(self.constants)
         source.reader.read_object(event, rows.slots, rows.status, &rows.arena, "")
@@ -603,12 +814,12 @@ cdef class Core:
             if source.home_of(id) is not None:
                 source.c.outcomes[<int>OUTCOME_DUPLICATE] += 1
                 return OUTCOME_DUPLICATE
-        ingest_time = rows.slots[source.c.time].i if self.event_clock else self.now()
+        rows.keys.ingest_time = rows.slots[source.c.time].i if self.event_clock else self.now()
         self.prepare_keys(source.c.keys, source.c.n_keys, rows.slots, &rows.arena, rows.keys)
         self.hash_keys(source.c.n_keys, NULL, 0, &source.c, rows.keys)
-        if self.advance(&source.c, NULL, NULL, rows.slots, rows.status, &rows.arena, rows.keys, ingest_time, True,
-                        rows.verdicts) != 0:
-            raise EngineError("out of memory: the event was not ingested")
+        code = self.advance(&source.c, NULL, NULL, rows.slots, rows.status, &rows.arena, rows.keys, True, rows.verdicts)
+        if code != 0:
+            raise self.not_ingested(code, "the event was not ingested")
         self.sweep(&source.c)
         if id is not None:
             source.turn_over(source.c.watermark)
@@ -619,18 +830,22 @@ cdef class Core:
         """Apply one event to the state. Returns its outcome: applied, duplicate, late or quarantined."""
         self.enter()
         try:
-            return OUTCOMES[self.ingest_one(<Source>self.sources[source], event)]
+            outcome = OUTCOMES[self.ingest_one(<Source>self.sources[source], event)]
         finally:
             self.leave()
+        self.wait_for_log()
+        return outcome
 
     def ingest_many(self, Py_ssize_t source, list events):
         """Apply several events in order, all or nothing on bad input. Returns their outcomes."""
         self.enter()
         try:
             self.validate(<Source>self.sources[source], events)
-            return [OUTCOMES[self.ingest_one(<Source>self.sources[source], event)] for event in events]
+            outcomes = [OUTCOMES[self.ingest_one(<Source>self.sources[source], event)] for event in events]
         finally:
             self.leave()
+        self.wait_for_log()
+        return outcomes
 
     def wire_type(self, Py_ssize_t source):
         """The Struct type that JSON or MessagePack of this event type decodes into."""

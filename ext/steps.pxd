@@ -15,10 +15,12 @@ cdef enum:
     MAX_STORES = 16           # stores that one event updates
     MAX_COLUMNS = 64          # used columns of one store
     MAX_ARGUMENTS = 32        # of one function
+    MAX_READS = 64            # views that one pipeline reads
     BLOCK = 256               # rows per slice of a batch
     MAX_ARMS = 64             # of one experiment
     OUT_OF_MEMORY = -1
     UNSCORED = -2
+    LOG_REFUSED = -3
 
 
 ctypedef uint8_t (*native_function)(const double *args_f, const int64_t *args_i, double *out_f,
@@ -106,6 +108,9 @@ ctypedef struct SourceC:
     uint64_t outcomes[8]
     uint32_t applied          # since the last sweep
     uint32_t created          # entities, since the last sweep
+    int n_strings             # fields that are strings, for the event log
+    int *strings
+    int log_schema            # number of the event's schema in the log
 
 ctypedef struct PipeC:
     int n_slots
@@ -127,12 +132,20 @@ ctypedef struct PipeC:
     uint64_t *action_counts
     uint64_t *model_counts
     uint64_t *arm_counts      # MAX_EXPERIMENTS x (64 arms + 1)
+    int n_logged              # slots that a score record holds: features, and scores of models
+    int *logged
+    uint8_t *logged_string
+    int log_schema
+    uint32_t score_room       # bytes of a score record with short strings
 
-# One row's keys, hashes and handles.
+# One row's keys, hashes and places: in time, in the log, and the versions of what it read.
 ctypedef struct RowKeys:
     ps_key key[MAX_KEYS]
     uint64_t hash[MAX_KEYS]
     char text[MAX_KEYS][24]
+    int64_t ingest_time
+    int64_t sequence          # of its event in the log; -1: not logged
+    uint64_t version[MAX_READS]
 
 
 cdef class Source:

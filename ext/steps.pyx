@@ -14,11 +14,15 @@ from penstock.errors import EngineError
 from penstock._ext.decision cimport MAX_EXPERIMENTS
 from penstock._ext.events cimport ps_arena_append
 from penstock._ext.expressions cimport Program
+from penstock._ext.event_record cimport ps_record_fixed
 from penstock._ext.split cimport Assigner
 from penstock._ext.windows cimport WindowStore
 
 from penstock._ext.events import TYPE_CODES
 
+
+cdef enum:
+    SCORE_STRINGS = 1024      # bytes of strings in a score record that room is kept for when its event is logged
 
 cdef int64_t NO_WATERMARK = -(<int64_t>1 << 61)   # before the first event
 
@@ -40,6 +44,11 @@ cdef class Source:
         self.index = plan.index
         self.c.n_fields = len(plan.fields)
         self.c.time = plan.time
+        strings = [i for i, field in enumerate(plan.fields) if field.type == "string"]
+        self.c.n_strings = len(strings)
+        self.c.strings = <int *>checked(len(strings), sizeof(int))
+        for at, slot in enumerate(strings):
+            self.c.strings[<int>at] = slot
         self.c.watermark = NO_WATERMARK
         self.c.lateness = plan.options.lateness
         self.c.max_skew = plan.options.max_skew
@@ -57,6 +66,7 @@ cdef class Source:
                 free(self.c.uses[i].fields)
                 free(self.c.uses[i].programs)
         free(self.c.uses)
+        free(self.c.strings)
 
     cdef int add_key(self, int slot, bint is_int, bint to_int) except -1:
         return add_key(self.c.keys, &self.c.n_keys, slot, is_int, to_int)
@@ -151,6 +161,13 @@ cdef class Pipe:
         self.c.action_counts = <uint64_t *>checked(len(texts.actions), sizeof(uint64_t))
         self.c.model_counts = <uint64_t *>checked(len(texts.models), sizeof(uint64_t))
         self.c.arm_counts = <uint64_t *>checked(MAX_EXPERIMENTS * (MAX_ARMS + 1), sizeof(uint64_t))
+        logged = plan.logged
+        self.c.n_logged = len(logged)
+        self.c.logged = <int *>checked(len(logged), sizeof(int))
+        self.c.logged_string = <uint8_t *>checked(len(logged), 1)
+        for i, slot in enumerate(logged):
+            self.c.logged[i] = slot
+            self.c.logged_string[i] = plan.slots[slot].type == "string"
 
     def __dealloc__(self):
         cdef int i
@@ -172,6 +189,8 @@ cdef class Pipe:
         free(self.c.action_counts)
         free(self.c.model_counts)
         free(self.c.arm_counts)
+        free(self.c.logged)
+        free(self.c.logged_string)
 
     def add_reads(self, list reads):
         """reads: (WindowStore, group, key slot, key is int, key becomes int, first slot, n outputs, include, defaults);
@@ -179,8 +198,11 @@ cdef class Pipe:
         cdef int i, j
         cdef Read *read
         cdef WindowStore store
+        if len(reads) > MAX_READS:
+            raise EngineError(f"pipeline {self.name}: reads at most {MAX_READS} views")
         self.c.reads = <Read *>checked(len(reads), sizeof(Read))
         self.c.n_reads = len(reads)
+        self.c.score_room = ps_record_fixed(1, len(reads), self.c.n_logged) + SCORE_STRINGS
         for i, (store, group, slot, is_int, to_int, first, n_outputs, with_event, defaults) in enumerate(reads):
             read = &self.c.reads[i]
             read.api = store.api

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["DefinitionError", "EngineError", "EventError", "PenstockError", "ReplayNeeded", "ScoringError"]
+__all__ = [
+    "DefinitionError",
+    "EngineError",
+    "EventError",
+    "LogError",
+    "PenstockError",
+    "ReplayNeeded",
+    "ScoringError",
+]
 
 
 class PenstockError(Exception):
@@ -40,3 +48,7 @@ class ScoringError(PenstockError, RuntimeError):
 
 class EngineError(PenstockError, RuntimeError):
     """The engine cannot be used as asked: after a fork, from inside its own functions, or out of memory."""
+
+
+class LogError(PenstockError, RuntimeError):
+    """The event log cannot be opened, read or written: in use, damaged, of a newer version, or the disk is full."""

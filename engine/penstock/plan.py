@@ -196,6 +196,12 @@ class PipelinePlan(msgspec.Struct, frozen=True, kw_only=True):
     def slot_types(self) -> dict[str, tuple[int, str]]:
         return {slot.name: (slot.index, slot.type) for slot in self.slots}
 
+    @property
+    def logged(self) -> list[int]:
+        """Slots that a score record of the event log holds: the features, then the scores of models beside."""
+        beside = [s.index for s in self.slots if s.kind == "score" and s.index != self.score]
+        return self.features + [i for i in beside if i not in self.features]
+
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Everything an engine needs to know, compiled from one app."""

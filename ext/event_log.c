@@ -1,0 +1,531 @@
+/* event_log.c (hot path): the event log's writer and its thread; event_log.h says what it is and defines the words.
+ *
+ * What must stay true: the writer touches only memory, but to take the spare; every call that may wait for the disk is
+ * made by the thread, which alone closes and seals files.
+ */
+#define _GNU_SOURCE
+#include "event_log.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+enum { AHEAD = 4 << 20, TICK_US = 10000, RETRY_US = 500000, STEP_US = 1000000, NAME = 64 };
+
+typedef struct segment {
+    struct segment *next;
+    char *base;
+    uint64_t capacity, at, number, before; /* before: position of its offset 0 */
+    uint64_t touched;                      /* offset up to which pages are there for writing */
+    int64_t first_sequence;
+    int fd;
+    uint64_t turn;
+    int64_t last_sequence;
+} segment;
+
+struct ps_log {
+    /* the writer's own */
+    segment *current;
+    segment *shell; /* the struct for the next segment: no malloc while scoring */
+    int64_t next_sequence; /* of the next event: one more than the last event's */
+    uint64_t log_id, segment_bytes;
+    int events;     /* the current segment holds an event */
+    int64_t opened_us; /* monotonic time at which the current segment got its first event */
+    char *prelude;  /* bodies of the schema records, one after the other */
+    uint32_t *prelude_bytes;
+    int n_prelude;
+    int64_t **marks;
+    int n_marks;
+    /* shared */
+    uint64_t position;     /* atomic: written by the writer */
+    uint64_t synced;       /* atomic: written by the thread */
+    int error, roll;       /* atomic */
+    pthread_mutex_t lock;
+    pthread_cond_t wake, done;
+    segment *sealing, *sealing_end; /* left by the writer for the thread */
+    int spare_fd;          /* -1: none yet */
+    char *spare_base;
+    int spare_error;
+    uint64_t spare_capacity;
+    uint64_t wanted;       /* a waiter wants this position on disk */
+    int stop, folder_changed;
+    /* the thread's */
+    pthread_t thread;
+    int64_t sync_us, max_age_us;
+    int dir, event_fd;
+    pid_t owner;
+    uint64_t syncs, rolls, waits, longest_sync_us, clock_steps;
+    int64_t last_step_us;
+};
+
+static int64_t clock_us(clockid_t which) {
+    struct timespec t;
+    clock_gettime(which, &t);
+    return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+}
+
+uint32_t ps_segment_head_crc(const ps_segment_head *h) {
+    return ps_crc32c(ps_crc32c(0, &h->magic, 12), &h->log_id, sizeof *h - offsetof(ps_segment_head, log_id));
+}
+
+static uint32_t mark_crc(const ps_segment_mark *m) { return ps_crc32c(0x6d61726b, m, offsetof(ps_segment_mark, crc)); }
+
+static ps_segment_mark *mark_at(char *base, int i) { return (ps_segment_mark *)(base + 1024 * (1 + i)); }
+
+int ps_segment_last_mark(const char *base, ps_segment_mark *out) {
+    int found = 0;
+    for (int i = 0; i < PS_MARKS; i++) {
+        ps_segment_mark m;
+        memcpy(&m, mark_at((char *)base, i), sizeof m);
+        if (m.turn && mark_crc(&m) == m.crc && (!found || m.turn > out->turn)) {
+            *out = m;
+            found = 1;
+        }
+    }
+    return found;
+}
+
+static void put_mark(segment *s, uint64_t synced, uint64_t end) {
+    ps_segment_mark m = {.turn = ++s->turn, .synced = synced, .end = end, .last_sequence = s->last_sequence};
+    m.crc = mark_crc(&m);
+    memcpy(mark_at(s->base, (int)(s->turn % PS_MARKS)), &m, sizeof m);
+}
+
+static void fail(ps_log *L, int error) {
+    int none = 0;
+    __atomic_compare_exchange_n(&L->error, &none, error, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+
+/* ---- segments -------------------------------------------------------------------------------------------------- */
+
+static void spare_name(const ps_log *L, char *out) { snprintf(out, NAME, "spare-%d", (int)L->owner); }
+
+/* A file of segment_bytes, allocated and mapped. 0 or an errno, and nothing is left behind. */
+static int allocate(ps_log *L, const char *name, int *fd, char **base) {
+    *fd = openat(L->dir, name, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    if (*fd < 0) return errno;
+    int error = posix_fallocate(*fd, 0, (off_t)L->segment_bytes);
+    if (!error) {
+        *base = mmap(NULL, L->segment_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
+        if (*base == MAP_FAILED) error = errno;
+    }
+    if (error) {
+        close(*fd);
+        *fd = -1;
+        unlinkat(L->dir, name, 0);
+    }
+    return error;
+}
+
+static void write_head(ps_log *L, segment *s) {
+    ps_segment_head *h = (ps_segment_head *)s->base;
+    h->magic = PS_LOG_MAGIC;
+    h->format = PS_LOG_FORMAT;
+    h->log_id = L->log_id;
+    h->number = s->number;
+    h->first_sequence = s->first_sequence;
+    h->created = clock_us(CLOCK_REALTIME);
+    h->capacity = s->capacity;
+    h->crc = ps_segment_head_crc(h);
+    put_mark(s, PS_SEGMENT_HEAD, 0);
+}
+
+static void put_record(ps_log *L, segment *s, ps_record *r, uint32_t bytes) {
+    r->crc = ps_record_crc(r, bytes, ps_record_seed(L->log_id, s->number, s->at));
+    __atomic_store_n(&r->length, bytes, __ATOMIC_RELEASE);
+    s->at += bytes;
+}
+
+static ps_record *blank(ps_log *L, segment *s, int kind, int schema) {
+    ps_record *r = (ps_record *)(s->base + s->at);
+    r->kind = (uint8_t)kind;
+    r->outcome = 0;
+    r->schema = (uint16_t)schema;
+    r->n_fields = 0;
+    r->n_versions = 0;
+    r->flags = 0;
+    r->sequence = L->next_sequence;
+    r->ingest_time = 0;
+    return r;
+}
+
+static void write_prelude(ps_log *L, segment *s) {
+    const char *from = L->prelude;
+    for (int i = 0; i < L->n_prelude; i++) {
+        ps_record *r = blank(L, s, PS_RECORD_SCHEMA, i);
+        uint32_t bytes = PS_RECORD_HEAD + ps_pad8(L->prelude_bytes[i]);
+        memcpy(r + 1, from, L->prelude_bytes[i]);
+        memset((char *)(r + 1) + L->prelude_bytes[i], ' ', ps_pad8(L->prelude_bytes[i]) - L->prelude_bytes[i]);
+        from += L->prelude_bytes[i];
+        put_record(L, s, r, bytes);
+    }
+    ps_record *r = blank(L, s, PS_RECORD_MARK, 0);
+    int64_t *out = (int64_t *)(r + 1);
+    for (int i = 0; i < L->n_marks; i++) out[i] = *L->marks[i];
+    put_record(L, s, r, PS_RECORD_HEAD + 8 * (uint32_t)L->n_marks);
+}
+
+static uint64_t prelude_size(const ps_log *L) {
+    uint64_t bytes = PS_SEGMENT_HEAD + PS_RECORD_HEAD + 8 * (uint64_t)L->n_marks;
+    for (int i = 0; i < L->n_prelude; i++) bytes += PS_RECORD_HEAD + ps_pad8(L->prelude_bytes[i]);
+    return bytes;
+}
+
+/* Makes the spare the current segment; makes a spare first where the thread has not. 0 or an errno; on failure nothing
+ * has changed. */
+static int begin_segment(ps_log *L, uint64_t number) {
+    char from[NAME], to[NAME];
+    spare_name(L, from);
+    int error = 0;
+    pthread_mutex_lock(&L->lock);
+    if (!L->shell) L->shell = calloc(1, sizeof(segment));
+    if (!L->shell) error = ENOMEM;
+    else if (L->spare_fd < 0) {
+        L->waits++;
+        error = allocate(L, from, &L->spare_fd, &L->spare_base);
+        L->spare_error = error;
+    }
+    if (!error) {
+        snprintf(to, sizeof to, "%012llu.log", (unsigned long long)number);
+        segment *s = L->shell;
+        memset(s, 0, sizeof *s);
+        s->base = L->spare_base;
+        s->fd = L->spare_fd;
+        s->capacity = L->segment_bytes;
+        s->number = number;
+        s->first_sequence = L->next_sequence;
+        s->last_sequence = L->next_sequence - 1;
+        s->at = PS_SEGMENT_HEAD;
+        /* The head first: a segment that has its name has its head. */
+        write_head(L, s);
+        if (renameat(L->dir, from, L->dir, to)) error = errno;
+        else {
+            L->spare_fd = -1;
+            L->shell = NULL;
+            L->folder_changed = 1;
+            if (L->current) {
+                s->before = L->current->before + L->current->at;
+                if (L->sealing_end) L->sealing_end->next = L->current;
+                else L->sealing = L->current;
+                L->sealing_end = L->current;
+                L->rolls++;
+            }
+            L->current = s;
+            write_prelude(L, s);
+            s->touched = s->at;
+            __atomic_store_n(&L->position, s->before + s->at, __ATOMIC_RELEASE);
+            L->events = 0;
+            __atomic_store_n(&L->roll, 0, __ATOMIC_RELAXED);
+        }
+    }
+    pthread_cond_signal(&L->wake);
+    pthread_mutex_unlock(&L->lock);
+    return error;
+}
+
+/* ---- the writer ------------------------------------------------------------------------------------------------ */
+
+static ps_record *log_reserve(ps_log *L, uint32_t bytes, uint32_t more) {
+    segment *s = L->current;
+    if (__builtin_expect(L->error != 0, 0)) return NULL;
+    if (__builtin_expect(s->at + bytes + more > s->capacity || (L->roll && L->events), 0)) {
+        if (bytes > PS_RECORD_MOST || prelude_size(L) + bytes + more > L->segment_bytes) {
+            L->spare_error = EMSGSIZE;
+            return NULL;
+        }
+        if (begin_segment(L, s->number + 1)) return NULL;
+        s = L->current;
+    }
+    return (ps_record *)(s->base + s->at);
+}
+
+static void log_commit(ps_log *L, ps_record *r, uint32_t bytes) {
+    segment *s = L->current;
+    put_record(L, s, r, bytes);
+    if (r->kind == PS_RECORD_EVENT) {
+        s->last_sequence = r->sequence;
+        L->next_sequence = r->sequence + 1;
+        if (!L->events) L->opened_us = clock_us(CLOCK_MONOTONIC);
+        L->events = 1;
+    }
+    __atomic_store_n(&L->position, s->before + s->at, __ATOMIC_RELEASE);
+}
+
+static uint64_t log_position(const ps_log *L) { return L->position; }
+
+int ps_log_error(const ps_log *L) { return L->error ? L->error : L->spare_error; }
+
+void ps_log_roll(ps_log *L) { __atomic_store_n(&L->roll, 1, __ATOMIC_RELAXED); }
+
+int ps_log_wait(ps_log *L, uint64_t position) {
+    if (__atomic_load_n(&L->synced, __ATOMIC_ACQUIRE) >= position) return 0;
+    pthread_mutex_lock(&L->lock);
+    if (L->wanted < position) L->wanted = position;
+    pthread_cond_signal(&L->wake);
+    while (!L->error && !L->stop && __atomic_load_n(&L->synced, __ATOMIC_ACQUIRE) < position)
+        pthread_cond_wait(&L->done, &L->lock);
+    int error = L->error;
+    pthread_mutex_unlock(&L->lock);
+    return __atomic_load_n(&L->synced, __ATOMIC_ACQUIRE) >= position ? 0 : error ? error : ECANCELED;
+}
+
+/* ---- the thread ------------------------------------------------------------------------------------------------ */
+
+static void seal(ps_log *L, segment *s, int sync) {
+    if (sync && fdatasync(s->fd)) fail(L, errno);
+    put_mark(s, s->at, s->at);
+    if (ftruncate(s->fd, (off_t)s->at)) fail(L, errno);
+    if (sync && fdatasync(s->fd)) fail(L, errno);
+    munmap(s->base, s->capacity);
+    close(s->fd);
+    free(s);
+}
+
+static void sync_all(ps_log *L, segment *sealing, segment *s, uint64_t at, uint64_t position, int folder_changed,
+                     int asked) {
+    int64_t began = clock_us(CLOCK_MONOTONIC);
+    while (sealing) {
+        segment *next = sealing->next;
+        seal(L, sealing, asked || L->sync_us != PS_SYNC_NEVER);
+        sealing = next;
+    }
+    if ((asked || L->sync_us != PS_SYNC_NEVER) && position > L->synced) {
+        if (fdatasync(s->fd)) fail(L, errno);
+        if (folder_changed && fsync(L->dir)) fail(L, errno);
+        if (!L->error) {
+            put_mark(s, at, 0);
+            int64_t took = clock_us(CLOCK_MONOTONIC) - began;
+            if ((uint64_t)took > L->longest_sync_us) L->longest_sync_us = (uint64_t)took;
+            L->syncs++;
+            pthread_mutex_lock(&L->lock);
+            __atomic_store_n(&L->synced, position, __ATOMIC_RELEASE);
+            pthread_cond_broadcast(&L->done);
+            pthread_mutex_unlock(&L->lock);
+        } else {
+            pthread_mutex_lock(&L->lock);
+            pthread_cond_broadcast(&L->done);
+            pthread_mutex_unlock(&L->lock);
+        }
+        if (L->event_fd >= 0) {
+            uint64_t one = 1;
+            ssize_t ignored = write(L->event_fd, &one, 8);
+            (void)ignored;
+        }
+    }
+}
+
+static void touch_ahead(segment *s, uint64_t at) {
+    uint64_t to = at + AHEAD;
+    if (to > s->capacity) to = s->capacity;
+    uint64_t from = (s->touched > at ? s->touched : at) & ~(uint64_t)4095;
+    if (to < from + AHEAD / 4 && to < s->capacity) return;
+    if (to > from) madvise(s->base + from, to - from, MADV_POPULATE_WRITE); /* best effort: a fault does the same */
+    s->touched = to;
+}
+
+static void *run(void *argument) {
+    ps_log *L = argument;
+    int64_t drift = clock_us(CLOCK_REALTIME) - clock_us(CLOCK_MONOTONIC), last_sync = 0, last_try = 0;
+    int64_t tick = L->sync_us > 0 && L->sync_us < TICK_US ? L->sync_us : TICK_US;
+    for (;;) {
+        pthread_mutex_lock(&L->lock);
+        if (!L->stop && !(L->wanted > L->synced && !L->error) && !L->sealing) {
+            int64_t at = clock_us(CLOCK_MONOTONIC) + tick;
+            struct timespec until = {at / 1000000, (at % 1000000) * 1000};
+            pthread_cond_timedwait(&L->wake, &L->lock, &until);
+        }
+        int stop = L->stop, folder_changed = L->folder_changed;
+        int wanted = L->wanted > L->synced && !L->error;
+        segment *s = L->current, *sealing = L->sealing;
+        L->sealing = L->sealing_end = NULL;
+        uint64_t position = __atomic_load_n(&L->position, __ATOMIC_ACQUIRE);
+        uint64_t at = position - s->before;
+        int need_spare = L->spare_fd < 0;
+        if (!L->shell) L->shell = calloc(1, sizeof(segment));
+        pthread_mutex_unlock(&L->lock);
+
+        int64_t now = clock_us(CLOCK_MONOTONIC);
+        if (stop || wanted || sealing || (L->sync_us > 0 && now - last_sync >= L->sync_us)) {
+            sync_all(L, sealing, s, at, position, folder_changed, wanted);
+            if (folder_changed) {
+                /* Only what was there before the sync is done; a roll meanwhile has set it again through `sealing`. */
+                pthread_mutex_lock(&L->lock);
+                if (L->current == s) L->folder_changed = 0;
+                pthread_mutex_unlock(&L->lock);
+            }
+            last_sync = now;
+        }
+        if (stop) return NULL;
+        touch_ahead(s, at);
+        if (need_spare && (!L->spare_error || now - last_try >= RETRY_US)) {
+            char name[NAME];
+            int fd;
+            char *base = NULL;
+            last_try = now;
+            pthread_mutex_lock(&L->lock); /* a roll that finds no spare makes it itself, under the lock */
+            if (L->spare_fd < 0) {
+                spare_name(L, name);
+                L->spare_error = allocate(L, name, &fd, &base);
+                if (!L->spare_error) {
+                    L->spare_fd = fd;
+                    L->spare_base = base;
+                }
+            }
+            pthread_mutex_unlock(&L->lock);
+            if (base) madvise(base, AHEAD / 4 < L->segment_bytes ? AHEAD / 4 : L->segment_bytes, MADV_POPULATE_WRITE);
+        }
+        if (L->max_age_us > 0 && L->events && now - L->opened_us > L->max_age_us) ps_log_roll(L);
+        int64_t now_drift = clock_us(CLOCK_REALTIME) - clock_us(CLOCK_MONOTONIC);
+        if (now_drift - drift > STEP_US || drift - now_drift > STEP_US) {
+            L->last_step_us = now_drift - drift;
+            L->clock_steps++;
+        }
+        drift = now_drift;
+    }
+}
+
+/* ---- life of a log --------------------------------------------------------------------------------------------- */
+
+static void free_log(ps_log *L) {
+    if (L->spare_fd >= 0) {
+        munmap(L->spare_base, L->segment_bytes);
+        close(L->spare_fd);
+    }
+    if (L->dir >= 0) close(L->dir);
+    if (L->event_fd >= 0) close(L->event_fd);
+    free(L->shell);
+    free(L->prelude);
+    free(L->prelude_bytes);
+    free(L->marks);
+    free(L);
+}
+
+ps_log *ps_log_open(const char *folder, uint64_t log_id, uint64_t number, int64_t next_sequence, uint64_t segment_bytes,
+                    int64_t sync_us, int64_t max_age_us, const char *const *prelude, const uint32_t *prelude_bytes,
+                    int n_prelude, int64_t *const *marks, int n_marks, int *error) {
+    ps_log *L = calloc(1, sizeof *L);
+    if (!L) {
+        *error = ENOMEM;
+        return NULL;
+    }
+    L->spare_fd = L->event_fd = -1;
+    L->owner = getpid();
+    L->log_id = log_id;
+    L->next_sequence = next_sequence;
+    L->segment_bytes = (segment_bytes + 4095) & ~(uint64_t)4095;
+    L->sync_us = sync_us;
+    L->max_age_us = max_age_us;
+    uint64_t total = 0;
+    for (int i = 0; i < n_prelude; i++) total += prelude_bytes[i];
+    L->prelude = malloc(total + 1);
+    L->prelude_bytes = calloc((size_t)n_prelude + 1, 4);
+    L->marks = calloc((size_t)n_marks + 1, sizeof *L->marks);
+    L->dir = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    *error = 0;
+    if (!L->prelude || !L->prelude_bytes || !L->marks) *error = ENOMEM;
+    else if (L->dir < 0) *error = errno;
+    if (*error) {
+        free_log(L);
+        return NULL;
+    }
+    char *to = L->prelude;
+    for (int i = 0; i < n_prelude; i++) {
+        memcpy(to, prelude[i], prelude_bytes[i]);
+        to += prelude_bytes[i];
+        L->prelude_bytes[i] = prelude_bytes[i];
+    }
+    for (int i = 0; i < n_marks; i++) L->marks[i] = marks[i];
+    L->n_prelude = n_prelude;
+    L->n_marks = n_marks;
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_mutex_init(&L->lock, NULL);
+    pthread_cond_init(&L->wake, &monotonic);
+    pthread_cond_init(&L->done, NULL);
+    if (prelude_size(L) + 4096 > L->segment_bytes) *error = EMSGSIZE;
+    else *error = begin_segment(L, number);
+    if (!*error) {
+        L->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+        if (fsync(L->dir)) *error = errno;
+        else *error = pthread_create(&L->thread, NULL, run, L);
+    }
+    if (*error) {
+        if (L->current) {
+            char name[NAME];
+            snprintf(name, sizeof name, "%012llu.log", (unsigned long long)number);
+            unlinkat(L->dir, name, 0);
+            munmap(L->current->base, L->current->capacity);
+            close(L->current->fd);
+            free(L->current);
+        }
+        free_log(L);
+        return NULL;
+    }
+    return L;
+}
+
+int ps_log_close(ps_log *L) {
+    if (!L) return 0;
+    pthread_mutex_lock(&L->lock);
+    L->stop = 1;
+    pthread_cond_signal(&L->wake);
+    pthread_mutex_unlock(&L->lock);
+    pthread_join(L->thread, NULL);
+    char name[NAME];
+    segment *s = L->current;
+    if (L->sealing) sync_all(L, L->sealing, s, s->at, 0, 0, 0);
+    if (L->events) seal(L, s, L->sync_us != PS_SYNC_NEVER);
+    else {
+        snprintf(name, sizeof name, "%012llu.log", (unsigned long long)s->number);
+        unlinkat(L->dir, name, 0);
+        munmap(s->base, s->capacity);
+        close(s->fd);
+        free(s);
+    }
+    if (L->spare_fd >= 0) {
+        spare_name(L, name);
+        unlinkat(L->dir, name, 0);
+    }
+    if (fsync(L->dir)) fail(L, errno);
+    int error = L->error;
+    pthread_mutex_destroy(&L->lock);
+    pthread_cond_destroy(&L->wake);
+    pthread_cond_destroy(&L->done);
+    free_log(L);
+    return error;
+}
+
+void ps_log_abandon(ps_log *L) {
+    if (!L) return;
+    munmap(L->current->base, L->current->capacity);
+    close(L->current->fd);
+    free(L->current);
+    free_log(L);
+}
+
+int ps_log_event_fd(ps_log *L) { return L->event_fd; }
+
+void ps_log_get_stats(ps_log *L, ps_log_stats *out) {
+    pthread_mutex_lock(&L->lock);
+    *out = (ps_log_stats){.position = L->position, .synced = L->synced, .segments = L->rolls + 1,
+                          .number = L->current->number, .syncs = L->syncs, .rolls = L->rolls, .waits = L->waits,
+                          .longest_sync_us = L->longest_sync_us, .clock_steps = L->clock_steps,
+                          .last_step_us = L->last_step_us, .error = ps_log_error(L)};
+    pthread_mutex_unlock(&L->lock);
+}
+
+static const ps_log_api api = {log_reserve, log_commit, log_position};
+
+const ps_log_api *ps_log_get_api(void) { return &api; }

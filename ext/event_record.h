@@ -1,0 +1,113 @@
+/* event_record.h (hot path): the records of the event log, as they lie in a segment; writing and checking one.
+ *
+ * A segment is a file: one page of header (event_log.h), then records, each on a multiple of 8 bytes, then zeros. A record
+ * is a head of 32 bytes and a body. Its CRC32C covers all bytes behind the CRC, and starts from a seed made of the log's
+ * id, the segment's number and the record's offset: a record that is not in its own place does not check. What must
+ * stay true: nothing is read from a record that was not checked, and a record that is written is never changed.
+ *
+ * All integers are little endian. Bodies:
+ *   SCHEMA  JSON: what the event or score records of this segment with its `schema` number hold.
+ *   MARK    int64 per event type in the order of the schemas: the watermark where the segment begins.
+ *   EVENT   u64 versions[n_versions] (what each touched entity got; none where the event was not applied),
+ *           8-byte slots[n_fields], u8 status[n_fields] padded to 8, string bytes padded to 8.
+ *   SCORE   ps_score, u64 versions[n_versions] (of what was read), slots, status and strings as above.
+ * A string slot is offset and length within the record's own string bytes.
+ */
+#ifndef PENSTOCK_EVENT_RECORD_H
+#define PENSTOCK_EVENT_RECORD_H
+
+#include <string.h>
+
+#include "crc32c.h"
+#include "row.h"
+
+enum { PS_RECORD_SCHEMA = 1, PS_RECORD_MARK = 2, PS_RECORD_EVENT = 3, PS_RECORD_SCORE = 4, PS_N_RECORD_KINDS = 5 };
+
+typedef struct {
+    uint32_t crc;
+    uint32_t length; /* of the whole record, a multiple of 8; written last: 0 is the end of what was written */
+    uint8_t kind;
+    uint8_t outcome; /* of an event: applied, late, quarantined, duplicate (decision.pxd) */
+    uint16_t schema;
+    uint16_t n_fields;
+    uint8_t n_versions;
+    uint8_t flags;
+    int64_t sequence; /* of the event; a score has that of the event it is about */
+    int64_t ingest_time;
+} ps_record;
+
+typedef struct {
+    char id[26];
+    int16_t action;
+    int16_t model;  /* -1: none decided */
+    int16_t failed; /* -1: nothing failed */
+    double score;
+    uint64_t fired;
+    int64_t as_of;
+    int8_t arms[8];
+    uint8_t has_score;
+    uint8_t outcome;
+    uint8_t pad[6];
+} ps_score;
+
+/* Status of a key that was erased on request: the slot holds a random key (flag beside the status). */
+#define PS_ERASED 0x20
+
+#define PS_RECORD_HEAD ((uint32_t)sizeof(ps_record))
+#define PS_RECORD_MOST ((uint32_t)8 << 20)
+
+static inline uint32_t ps_pad8(uint32_t n) { return (n + 7) & ~7u; }
+
+static inline uint32_t ps_record_seed(uint64_t log_id, uint64_t segment, uint64_t offset) {
+    uint64_t x = (log_id ^ segment * 0x9e3779b97f4a7c15ULL) + offset * 0xd6e8feb86659fd93ULL;
+    x ^= x >> 32;
+    x *= 0xd6e8feb86659fd93ULL;
+    return (uint32_t)(x >> 32);
+}
+
+static inline uint32_t ps_record_crc(const ps_record *r, uint32_t length, uint32_t seed) {
+    /* The length stands in the sum by value: it is stored last. */
+    uint32_t crc = ps_crc32c(seed, &length, 4);
+    return ps_crc32c(crc, (const char *)r + 8, length - 8);
+}
+
+/* The record at an offset of a segment of `size` bytes: its length where it checks, 0 where none was finished, -1 where it
+ * is damaged. */
+static inline int64_t ps_record_check(const char *base, uint64_t size, uint64_t offset, uint64_t log_id, uint64_t segment) {
+    if (offset + PS_RECORD_HEAD > size) return offset < size ? -1 : 0;
+    const ps_record *r = (const ps_record *)(base + offset);
+    uint32_t length = __atomic_load_n(&r->length, __ATOMIC_ACQUIRE);
+    if (!length) return 0;
+    if (length < PS_RECORD_HEAD || (length & 7) || length > PS_RECORD_MOST || length > size - offset) return -1;
+    if (!r->kind || r->kind >= PS_N_RECORD_KINDS) return -1;
+    if (ps_record_crc(r, length, ps_record_seed(log_id, segment, offset)) != r->crc) return -1;
+    return length;
+}
+
+/* The next offset at or behind `offset` where a record checks, or `size`: what lies between is damaged or was never
+ * written. */
+static inline uint64_t ps_record_resync(const char *base, uint64_t size, uint64_t offset, uint64_t log_id, uint64_t segment) {
+    for (offset = (offset + 7) & ~(uint64_t)7; offset + PS_RECORD_HEAD <= size; offset += 8)
+        if (*(const uint64_t *)(base + offset) && ps_record_check(base, size, offset, log_id, segment) > 0) return offset;
+    return size;
+}
+
+/* Where the parts of an event's or score's body are. */
+static inline const uint64_t *ps_record_versions(const ps_record *r) {
+    return (const uint64_t *)((const char *)(r + 1) + (r->kind == PS_RECORD_SCORE ? sizeof(ps_score) : 0));
+}
+static inline const ps_slot *ps_record_slots(const ps_record *r) {
+    return (const ps_slot *)(ps_record_versions(r) + r->n_versions);
+}
+static inline const uint8_t *ps_record_status(const ps_record *r) {
+    return (const uint8_t *)(ps_record_slots(r) + r->n_fields);
+}
+static inline const char *ps_record_strings(const ps_record *r) {
+    return (const char *)ps_record_status(r) + ps_pad8(r->n_fields);
+}
+/* Bytes of the parts before the strings. */
+static inline uint32_t ps_record_fixed(int is_score, uint32_t n_versions, uint32_t n_fields) {
+    return PS_RECORD_HEAD + (is_score ? (uint32_t)sizeof(ps_score) : 0) + 8 * n_versions + 8 * n_fields + ps_pad8(n_fields);
+}
+
+#endif

@@ -1,0 +1,250 @@
+"""The event log for Python (control path): opening and closing the writer, and looking at segments one record at a time.
+
+The engine core appends through EventLog.api (event_log.h). What must stay true: nothing here reads a record that does
+not check, and a scan says where it stopped and why.
+"""
+
+import os
+from collections import namedtuple
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+from penstock.errors import LogError
+
+from penstock._ext.steps cimport Source
+
+FORMAT = PS_LOG_FORMAT
+HEAD = PS_SEGMENT_HEAD
+KINDS = {PS_RECORD_SCHEMA: "schema", PS_RECORD_MARK: "mark", PS_RECORD_EVENT: "event", PS_RECORD_SCORE: "score"}
+
+LogStats = namedtuple(
+    "LogStats",
+    "position synced segments number syncs rolls waits longest_sync_us clock_steps last_step_us error",
+)
+SegmentHead = namedtuple("SegmentHead", "format log_id number first_sequence created capacity whole")
+SegmentMark = namedtuple("SegmentMark", "synced end last_sequence")
+#: What a scan of a segment's records found. stop: "end" (nothing was written behind `end`) or "damaged" (at `end`).
+Scan = namedtuple("Scan", "end stop records events scores first_sequence last_sequence last_ingest_time")
+Record = namedtuple("Record", "offset length kind schema outcome sequence ingest_time versions body")
+
+
+cdef class EventLog:
+    """The one writer of a log folder. Not safe for two threads at once; the engine holds its lock around each append.
+
+    sync_us: 0 = every answer waits for its sync, -1 = never, else microseconds between syncs. max_age_us: a segment
+    that has held an event for so long is sealed although it is not full (0: never). prelude: JSON of the schemas.
+    Raises LogError with the system's reason.
+    """
+
+    def __cinit__(self, str folder, int64_t log_id, uint64_t number, int64_t next_sequence, uint64_t segment_bytes,
+                  int64_t sync_us, int64_t max_age_us, list prelude, list sources):
+        cdef int error = 0
+        cdef int i
+        cdef int n = len(prelude)
+        cdef bytes path = os.fsencode(folder)
+        cdef Source source
+        self.api = ps_log_get_api()
+        self.log_id = log_id
+        self.sync_us = sync_us
+        self.folder = folder
+        self.pid = os.getpid()
+        self.sources = sources
+        cdef const char **texts = <const char **>calloc(n + 1, sizeof(char *))
+        cdef uint32_t *sizes = <uint32_t *>calloc(n + 1, sizeof(uint32_t))
+        cdef int64_t **marks = <int64_t **>calloc(len(sources) + 1, sizeof(void *))
+        try:
+            if texts == NULL or sizes == NULL or marks == NULL:
+                raise MemoryError()
+            for i in range(n):
+                texts[i] = PyBytes_AS_STRING(<bytes>prelude[i])
+                sizes[i] = <uint32_t>PyBytes_GET_SIZE(<bytes>prelude[i])
+            for i, source in enumerate(sources):
+                marks[i] = &source.c.watermark
+            self.ptr = ps_log_open(PyBytes_AS_STRING(path), <uint64_t>log_id, number, next_sequence, segment_bytes, sync_us,
+                                   max_age_us, texts, sizes, n, marks, len(sources), &error)
+        finally:
+            free(texts)
+            free(sizes)
+            free(marks)
+        if self.ptr == NULL:
+            raise LogError(f"{folder}: cannot write the event log: {os.strerror(error)}")
+
+    def __dealloc__(self):
+        if self.ptr != NULL:
+            if os.getpid() == self.pid:
+                ps_log_close(self.ptr)
+            else:
+                ps_log_abandon(self.ptr)
+
+    def close(self):
+        """Sync, seal the segment, and end the log's thread. Raises LogError where the disk failed."""
+        cdef ps_log *log = self.ptr
+        cdef int error
+        self.ptr = NULL
+        if log == NULL:
+            return
+        if os.getpid() != self.pid:
+            ps_log_abandon(log)
+            return
+        with nogil:
+            error = ps_log_close(log)
+        if error:
+            raise LogError(f"{self.folder}: closing the event log: {os.strerror(error)}")
+
+    @property
+    def closed(self):
+        return self.ptr == NULL
+
+    @property
+    def position(self):
+        """Bytes ever written."""
+        return self.api.position(self.ptr) if self.ptr != NULL else 0
+
+    @property
+    def event_fd(self):
+        """A descriptor that becomes readable after each sync."""
+        return ps_log_event_fd(self.ptr) if self.ptr != NULL else -1
+
+    def roll(self):
+        """The next event begins a new segment."""
+        if self.ptr != NULL:
+            ps_log_roll(self.ptr)
+
+    def wait(self, position=None):
+        """Wait until everything up to a position (default: all) is on disk. Raises LogError where the disk failed."""
+        cdef uint64_t until
+        cdef int error
+        if self.ptr == NULL:
+            return
+        until = self.api.position(self.ptr) if position is None else position
+        with nogil:
+            error = ps_log_wait(self.ptr, until)
+        if error:
+            raise LogError(f"{self.folder}: syncing the event log: {os.strerror(error)}")
+
+    def error_text(self):
+        """Why an append is refused now."""
+        cdef int error = ps_log_error(self.ptr) if self.ptr != NULL else 0
+        if self.ptr == NULL:
+            return f"{self.folder}: the event log is closed"
+        return f"{self.folder}: the event log takes no more events: {os.strerror(error) if error else 'unknown reason'}"
+
+    def stats(self):
+        cdef ps_log_stats s
+        if self.ptr == NULL:
+            return LogStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        ps_log_get_stats(self.ptr, &s)
+        return LogStats(s.position, s.synced, s.segments, s.number, s.syncs, s.rolls, s.waits, s.longest_sync_us,
+                        s.clock_steps, s.last_step_us, s.error)
+
+
+def segment_head(const uint8_t[::1] data):
+    """The header of a segment, or None where it is none. `whole`: its checksum holds."""
+    cdef ps_segment_head head
+    if data.shape[0] < PS_SEGMENT_HEAD:
+        return None
+    memcpy(&head, &data[0], sizeof(head))
+    if head.magic != PS_LOG_MAGIC:
+        return None
+    return SegmentHead(head.format, <int64_t>head.log_id, head.number, head.first_sequence, head.created, head.capacity,
+                       head.crc == ps_segment_head_crc(&head))
+
+
+def segment_mark(const uint8_t[::1] data):
+    """The newest whole mark of a segment's header, or None: up to where it is on disk, and its end where it is sealed."""
+    cdef ps_segment_mark mark
+    if data.shape[0] < PS_SEGMENT_HEAD or not ps_segment_last_mark(<const char *>&data[0], &mark):
+        return None
+    return SegmentMark(mark.synced, mark.end, mark.last_sequence)
+
+
+def scan(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start=PS_SEGMENT_HEAD):
+    """Check every record from an offset on; stops at the first that was not finished or is damaged."""
+    cdef uint64_t at = start
+    cdef uint64_t size = data.shape[0]
+    cdef int64_t length = 0
+    cdef int64_t records = 0, events = 0, scores = 0, first = -1, last = -1, ingest = -(<int64_t>1 << 62)
+    cdef const char *base
+    cdef const ps_record *r
+    if size == 0:
+        return Scan(start, "end", 0, 0, 0, None, None, None)
+    base = <const char *>&data[0]
+    with nogil:
+        while True:
+            length = ps_record_check(base, size, at, <uint64_t>log_id, number)
+            if length <= 0:
+                break
+            r = <const ps_record *>(base + at)
+            records += 1
+            if r.kind == PS_RECORD_EVENT:
+                events += 1
+                if first < 0:
+                    first = r.sequence
+                last = r.sequence
+                if r.ingest_time > ingest:
+                    ingest = r.ingest_time
+            elif r.kind == PS_RECORD_SCORE:
+                scores += 1
+            at += length
+    return Scan(at, "damaged" if length < 0 else "end", records, events, scores, first if events else None,
+                last if events else None, ingest if events else None)
+
+
+def resync(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start):
+    """The offset of the next record that checks, at or behind `start`; the size of the data where there is none."""
+    cdef uint64_t at = start
+    cdef uint64_t size = data.shape[0]
+    if size == 0:
+        return 0
+    with nogil:
+        at = ps_record_resync(<const char *>&data[0], size, start, <uint64_t>log_id, number)
+    return at
+
+
+def record_at(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t offset):
+    """The record at an offset, or None where none checks. body: the bytes behind the versions, or all of a schema or mark."""
+    cdef uint64_t size = data.shape[0]
+    cdef const char *base
+    cdef const ps_record *r
+    cdef int64_t length
+    cdef int i
+    if size == 0:
+        return None
+    base = <const char *>&data[0]
+    length = ps_record_check(base, size, offset, <uint64_t>log_id, number)
+    if length <= 0:
+        return None
+    r = <const ps_record *>(base + offset)
+    versions = tuple(ps_record_versions(r)[i] for i in range(r.n_versions))
+    body = <const char *>(r + 1)
+    return Record(offset, length, KINDS[r.kind], r.schema, r.outcome, r.sequence, r.ingest_time, versions,
+                  PyBytes_FromStringAndSize(body, length - PS_RECORD_HEAD))
+
+
+def put_record(unsigned char[::1] data, int64_t log_id, uint64_t number, uint64_t offset, uint32_t length):
+    """Give the record filled in at an offset its length and checksum (for tools that write segments anew)."""
+    cdef ps_record *r
+    if offset % 8 or length % 8 or offset + length > <uint64_t>data.shape[0] or length < PS_RECORD_HEAD:
+        raise ValueError("a record lies on a multiple of 8 bytes, within the segment")
+    r = <ps_record *>&data[offset]
+    r.length = length
+    r.crc = ps_record_crc(r, length, ps_record_seed(<uint64_t>log_id, number, offset))
+
+
+def put_head(unsigned char[::1] data, int64_t log_id, uint64_t number, int64_t first_sequence, int64_t created):
+    """Write a segment's header (for tools that write segments anew)."""
+    cdef ps_segment_head *head
+    if data.shape[0] < PS_SEGMENT_HEAD:
+        raise ValueError("a segment begins with a header of one page")
+    head = <ps_segment_head *>&data[0]
+    head.magic = PS_LOG_MAGIC
+    head.format = PS_LOG_FORMAT
+    head.log_id = <uint64_t>log_id
+    head.number = number
+    head.first_sequence = first_sequence
+    head.created = created
+    head.capacity = data.shape[0]
+    head.crc = ps_segment_head_crc(head)
