@@ -185,13 +185,20 @@ struct ps_store {
     map_t *map;
     uint64_t reserved, committed;
     int huge;
+    uint8_t small_pages; /* asked for: holds for what is loaded later too */
+    uint8_t wipe;        /* what is freed is overwritten */
+    char *loading;       /* begin_load's mapping, until commit_load or cancel_load */
+    uint64_t loading_reserved, loading_committed;
+    int loading_huge;
 
     uint32_t n_columns, n_where, n_groups, n_cells, n_tails, n_pairs;
     uint8_t *columns;
     int where_word, null_word, first_value, stride; /* of a record, in words; 0: absent */
     uint64_t *null_bit;                             /* per column; 0: null is in the value */
     int64_t lateness, longest, release_after;       /* longest: largest distance of a left edge from T */
+    int64_t stale_after;                            /* an entity whose newest event is older may go at any moment */
     uint8_t releasable, event_work, has_strings, any_left_closed;
+    uint8_t outlives_windows;                       /* releasable, and a Lifetime with ttl: state beyond the windows */
     uint64_t fingerprint;
     int64_t *edge; /* per tail: left edge = T - edge */
     int64_t least_edge;
@@ -264,6 +271,7 @@ static void store_small_pages(ps_store *S) {
     madvise(S->base, S->reserved, MADV_NOHUGEPAGE);
 #endif
     S->huge = 1; /* do not ask for them again */
+    S->small_pages = 1;
 }
 
 /* Fresh memory, all zeros. */
@@ -287,6 +295,7 @@ static ref_t heap_alloc(ps_store *S, uint32_t units) {
 }
 
 static void heap_free_class(ps_store *S, ref_t ref, int c) {
+    if (UNLIKELY(S->wipe)) memset(AT(S, char, ref), 0, (uint64_t)class_size(c) * UNIT);
     *AT(S, ref_t, ref) = S->map->free_list[c];
     S->map->free_list[c] = ref;
     S->map->free_units += class_size(c);
@@ -1083,6 +1092,58 @@ static void insert(ps_store *S, blob_t *B, ref_t chunk, uint32_t index, const ui
 
 /* ---- apply ----------------------------------------------------------------------------------------------------- */
 
+/* Sweep may have released the entity or not yet: either way it is as good as unknown, so that no read depends on it. */
+static inline int is_stale(const ps_store *S, const blob_t *B) {
+    return B->newest < S->map->watermark - S->stale_after;
+}
+
+/* Gives back all that the entity holds beside its blob and key; its ring is empty or worthless. */
+static void give_back(ps_store *S, blob_t *B) {
+    while (B->first) drop_first_chunk(S, B);
+    for (uint32_t i = 0; i < S->n_cells; i++) {
+        const cell_t *cell = &S->cells[i];
+        ps_lane *lane = IN(B, ps_lane, cell->off_sum);
+        if (cell->is_sum && lane->ref) heap_free(S, lane->ref, units_of((uint64_t)cell->n_sums * lane->limbs * 8));
+        lane = IN(B, ps_lane, cell->off_squares);
+        if (cell->is_squares && lane->ref)
+            heap_free(S, lane->ref, units_of((uint64_t)cell->n_squares * lane->limbs * 8));
+        values_t *values = IN(B, values_t, cell->off_values);
+        if (cell->is_distinct && cell->is_string)
+            for (uint32_t v = 0; v < values->capacity; v++) { /* those that Lifetime kept */
+                const value_t *value = value_at(S, cell, values, v);
+                if (!value_free(value)) string_drop(S, (ref_t)value->key);
+            }
+        if (cell->is_distinct && values->ref)
+            heap_free(S, values->ref, units_of((uint64_t)values->capacity * cell->value_bytes));
+        if (!cell->is_string) continue;
+        winner_t *w = IN(B, winner_t, cell->off_last);
+        if (cell->is_last && w->time != NO_TIME) string_drop(S, (ref_t)w->bits);
+        w = IN(B, winner_t, cell->off_old_last);
+        if (cell->keeps_last && w->time != NO_TIME) string_drop(S, (ref_t)w->bits);
+        for (int p = cell->first_pair; p < cell->first_pair + cell->n_pairs; p++) {
+            const pair_t *pair = &S->pairs[S->cell_pairs[p]];
+            w = IN(B, winner_t, pair->off_first);
+            if (pair->tail < 0 && pair->is_first && w->time != NO_TIME) string_drop(S, (ref_t)w->bits);
+        }
+    }
+}
+
+/* A stale entity gets an event: it starts anew, as it would have had sweep come by before. Its version goes on. */
+OFF_PATH static void start_anew(ps_store *S, blob_t *B) {
+    blob_t had = *B;
+    give_back(S, B);
+    memcpy(B, S->blob_image, (uint64_t)S->blob_units * UNIT);
+    B->node = had.node;
+    B->version = had.version;
+    B->engine_field = had.engine_field;
+    B->log_id = had.log_id;
+    B->sequence = had.sequence;
+    B->key_is_int = had.key_is_int;
+    B->key_len = had.key_len;
+    B->key_ref = had.key_ref;
+    memcpy(B->key, had.key, KEY_INLINE);
+}
+
 static int store_apply(ps_store *S, ps_handle h, const ps_event *e) {
     if (UNLIKELY(!h)) return PS_STORE_HANDLE;
     blob_t *B = (blob_t *)(S->base + h);
@@ -1090,6 +1151,7 @@ static int store_apply(ps_store *S, ps_handle h, const ps_event *e) {
     if (UNLIKELY(B->version >> 40)) return PS_STORE_FULL;
     int error = make_record(S, e, rec, 1);
     if (UNLIKELY(error)) return error;
+    if (UNLIKELY(S->outlives_windows) && is_stale(S, B)) start_anew(S, B);
     int many = B->version + 1 >= (1u << PS_NARROW_HEADROOM);
     ref_t chunk;
     uint32_t index;
@@ -1675,6 +1737,7 @@ static int store_read(ps_store *S, ps_handle h, uint32_t group, int64_t T, const
                       uint8_t *status, ps_arena *strings) {
     if (UNLIKELY(group >= S->n_groups)) return PS_STORE_GROUP;
     if (UNLIKELY(T < PS_TIME_MIN || T > PS_TIME_MAX)) return PS_STORE_TIME;
+    if (h && UNLIKELY(is_stale(S, (blob_t *)(S->base + h)))) h = 0;
     blob_t *B = h ? (blob_t *)(S->base + h) : AT(S, blob_t, S->map->empty);
     int unknown = h || extra ? PS_NULL_VALUE : PS_NOT_FOUND;
     if (UNLIKELY(extra != NULL)) {
@@ -1769,31 +1832,9 @@ static ps_handle store_find_or_create(ps_store *S, const ps_key *key, uint64_t h
     return (ps_handle)ref * UNIT;
 }
 
-/* The ring is empty or worthless; gives everything back. */
 static void release(ps_store *S, ref_t ref) {
     blob_t *B = AT(S, blob_t, ref);
-    while (B->first) drop_first_chunk(S, B);
-    for (uint32_t i = 0; i < S->n_cells; i++) {
-        const cell_t *cell = &S->cells[i];
-        ps_lane *lane = IN(B, ps_lane, cell->off_sum);
-        if (cell->is_sum && lane->ref) heap_free(S, lane->ref, units_of((uint64_t)cell->n_sums * lane->limbs * 8));
-        lane = IN(B, ps_lane, cell->off_squares);
-        if (cell->is_squares && lane->ref)
-            heap_free(S, lane->ref, units_of((uint64_t)cell->n_squares * lane->limbs * 8));
-        values_t *values = IN(B, values_t, cell->off_values);
-        if (cell->is_distinct && values->ref)
-            heap_free(S, values->ref, units_of((uint64_t)values->capacity * cell->value_bytes));
-        if (!cell->is_string) continue;
-        winner_t *w = IN(B, winner_t, cell->off_last);
-        if (cell->is_last && w->time != NO_TIME) string_drop(S, (ref_t)w->bits);
-        w = IN(B, winner_t, cell->off_old_last);
-        if (cell->keeps_last && w->time != NO_TIME) string_drop(S, (ref_t)w->bits);
-        for (int p = cell->first_pair; p < cell->first_pair + cell->n_pairs; p++) {
-            const pair_t *pair = &S->pairs[S->cell_pairs[p]];
-            w = IN(B, winner_t, pair->off_first);
-            if (pair->tail < 0 && pair->is_first && w->time != NO_TIME) string_drop(S, (ref_t)w->bits);
-        }
-    }
+    give_back(S, B);
     if (B->key_ref) heap_free(S, B->key_ref, units_of(B->key_len));
     table_remove(S, &S->map->entities, ref);
     heap_free(S, ref, S->blob_units);
@@ -1804,7 +1845,6 @@ static int store_sweep(ps_store *S, int64_t watermark, uint32_t max_entities) {
     if (watermark > S->map->watermark) S->map->watermark = watermark;
     if (!S->releasable || S->map->watermark < PS_TIME_MIN) return 0;
     table_t *t = &S->map->entities;
-    int64_t idle_before = S->map->watermark - S->release_after - S->lateness;
     uint32_t released = 0, visited = 0;
     int64_t work = SWEEP_EVENTS;
     for (uint64_t n = 0; n < 4u * (uint64_t)max_entities && n < t->buckets && visited < max_entities; n++) {
@@ -1818,7 +1858,7 @@ static int store_sweep(ps_store *S, int64_t watermark, uint32_t max_entities) {
             blob_t *B = AT(S, blob_t, ref);
             ref_t next = B->node.next;
             visited++;
-            if (B->newest < idle_before) {
+            if (is_stale(S, B)) {
                 if (released == max_entities) return (int)released;
                 seek(S, B, S->map->watermark > B->cursor ? S->map->watermark : B->cursor);
                 while (B->first && work > 0) {
@@ -1863,6 +1903,38 @@ static void store_forget_unused(ps_store *S, ps_handle h) {
 
 static uint64_t *store_engine_field(ps_store *S, ps_handle h) {
     return h ? &((blob_t *)(S->base + h))->engine_field : NULL;
+}
+
+/* Forgets the entity altogether, and overwrites what it held. */
+static int store_erase(ps_store *S, const ps_key *key, uint64_t hash) {
+    ps_handle h = store_find(S, key, hash);
+    if (!h) return 0;
+    S->wipe = 1;
+    release(S, (ref_t)(h / UNIT));
+    S->wipe = 0;
+    return 1;
+}
+
+static ps_handle store_next(const ps_store *S, ps_handle h) {
+    const table_t *t = &S->map->entities;
+    uint64_t b = 0;
+    if (h) {
+        const node_t *n = (const node_t *)(S->base + h);
+        if (n->next) return (ps_handle)n->next * UNIT;
+        b = n->hash & (2 * t->low - 1);
+        if (b >= t->buckets) b = n->hash & (t->low - 1);
+        b++;
+    }
+    for (; b < t->buckets; b++) {
+        ref_t ref = bucket_at(S, t, b)->next;
+        if (ref) return (ps_handle)ref * UNIT;
+    }
+    return 0;
+}
+
+static void store_key(const ps_store *S, ps_handle h, ps_key *key) {
+    const blob_t *B = (const blob_t *)(S->base + h);
+    *key = (ps_key){B->key_ref ? AT(S, char, B->key_ref) : B->key, B->key_i, B->key_len, B->key_is_int};
 }
 
 static void store_stats(const ps_store *S, ps_store_stats *out) {
@@ -2056,6 +2128,7 @@ static int compile(ps_store *S, const ps_layout *L) {
             if (o->length > S->release_after) S->release_after = o->length;
         } else if (o->ttl >= 0) {
             if (o->ttl > S->release_after) S->release_after = o->ttl;
+            S->outlives_windows = 1;
         } else {
             S->releasable = 0;
         }
@@ -2184,6 +2257,8 @@ static int compile(ps_store *S, const ps_layout *L) {
     }
 #undef TAKE
     S->event_work |= S->has_strings;
+    S->stale_after = S->releasable ? S->release_after + S->lateness : (int64_t)1 << 62; /* before every time */
+    S->outlives_windows &= S->releasable;
     specialize(S, n_steps);
     filled = 0;
     for (uint32_t g = 0; g < S->n_groups; g++) {
@@ -2260,9 +2335,65 @@ static int map_fresh(uint64_t max_bytes, char **base, uint64_t *reserved) {
     }
 }
 
+static void store_cancel_load(ps_store *S) {
+    if (S->loading) munmap(S->loading, S->loading_reserved);
+    S->loading = NULL;
+}
+
+/* Commits memory in the mapping that is being loaded, with commit_to, which knows only the store's own. */
+static int commit_loading(ps_store *S, uint64_t size) {
+    ps_store as = *S;
+    as.base = S->loading;
+    as.reserved = S->loading_reserved;
+    as.committed = S->loading_committed;
+    as.huge = S->loading_huge;
+    if (!commit_to(&as, size)) return 0;
+    S->loading_committed = as.committed;
+    S->loading_huge = as.huge;
+    return 1;
+}
+
+static int store_begin_load(ps_store *S, uint64_t size, void **at) {
+    store_cancel_load(S);
+    if (size < sizeof(map_t)) return PS_STORE_DUMP_SIZE;
+    if (size > S->reserved || !map_fresh(S->reserved, &S->loading, &S->loading_reserved)) return PS_STORE_MEMORY;
+    S->loading_committed = 0;
+    S->loading_huge = 0;
+    if (!commit_loading(S, size)) {
+        store_cancel_load(S);
+        return PS_STORE_MEMORY;
+    }
+    *at = S->loading;
+    return PS_STORE_OK;
+}
+
+static int store_commit_load(ps_store *S, uint64_t size) {
+    const map_t *head = (const map_t *)S->loading;
+    int error = PS_STORE_OK;
+    if (!head || size > S->loading_committed) error = PS_STORE_DUMP_SIZE;
+    else if (head->magic != MAGIC || head->format != FORMAT) error = PS_STORE_DUMP_FORMAT;
+    else if (head->fingerprint != S->fingerprint || head->blob_bytes != S->blob_units * UNIT)
+        error = PS_STORE_DUMP_FINGERPRINT;
+    else if (head->bump * UNIT != size) error = PS_STORE_DUMP_SIZE;
+    if (error) {
+        store_cancel_load(S);
+        return error;
+    }
+    munmap(S->base, S->reserved);
+    S->base = S->loading;
+    S->map = (map_t *)S->base;
+    S->reserved = S->loading_reserved;
+    S->committed = S->loading_committed;
+    S->huge = S->loading_huge;
+    S->loading = NULL;
+    if (S->small_pages) store_small_pages(S);
+    return PS_STORE_OK;
+}
+
 void ps_store_free(ps_store *S) {
     if (!S) return;
     if (S->base) munmap(S->base, S->reserved);
+    store_cancel_load(S);
     free(S->columns);
     free(S->null_bit);
     free(S->edge);
@@ -2318,29 +2449,11 @@ const void *ps_store_bytes(const ps_store *S, uint64_t *size) {
 }
 
 int ps_store_load(ps_store *S, const void *bytes, uint64_t size) {
-    map_t head;
-    if (size < sizeof head) return PS_STORE_DUMP_SIZE;
-    memcpy(&head, bytes, sizeof head);
-    if (head.magic != MAGIC || head.format != FORMAT) return PS_STORE_DUMP_FORMAT;
-    if (head.fingerprint != S->fingerprint || head.blob_bytes != S->blob_units * UNIT) return PS_STORE_DUMP_FINGERPRINT;
-    if (head.bump * UNIT != size) return PS_STORE_DUMP_SIZE;
-    ps_store fresh = *S;
-    if (size > S->reserved) return PS_STORE_MEMORY;
-    if (!map_fresh(S->reserved, &fresh.base, &fresh.reserved)) return PS_STORE_MEMORY;
-    fresh.committed = 0;
-    fresh.huge = 0;
-    if (!commit_to(&fresh, size)) {
-        munmap(fresh.base, fresh.reserved);
-        return PS_STORE_MEMORY;
-    }
-    memcpy(fresh.base, bytes, size);
-    munmap(S->base, S->reserved);
-    S->base = fresh.base;
-    S->map = (map_t *)S->base;
-    S->reserved = fresh.reserved;
-    S->committed = fresh.committed;
-    S->huge = fresh.huge;
-    return PS_STORE_OK;
+    void *at;
+    int error = store_begin_load(S, size, &at);
+    if (error) return error;
+    memcpy(at, bytes, size);
+    return store_commit_load(S, size);
 }
 
 const char *ps_store_error_text(int code) {
@@ -2372,7 +2485,8 @@ const char *ps_store_error_text(int code) {
 static const ps_store_api api = {
     key_hash,    store_prefetch, store_prefetch_blob, store_find,         store_find_or_create, store_apply,
     store_read,  store_version,  store_sweep,         store_stats,        store_log_position,   store_forget_unused,
-    store_engine_field, store_reserve, store_small_pages,
+    store_engine_field, store_reserve, store_small_pages, store_erase, store_next, store_key,
+    ps_store_bytes, store_begin_load, store_commit_load, store_cancel_load,
 };
 
 const ps_store_api *ps_store_get_api(void) { return &api; }

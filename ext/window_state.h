@@ -54,7 +54,7 @@ typedef struct {
     uint32_t used, capacity;
 } ps_arena;
 
-typedef uint64_t ps_handle; /* offset of a blob in the mapping; 0 = none; valid until sweep releases the entity */
+typedef uint64_t ps_handle; /* offset of a blob in the mapping; 0 = none; valid until sweep or erase releases the entity */
 
 typedef struct {
     uint64_t entities;
@@ -144,7 +144,8 @@ typedef struct {
     ps_handle (*find_or_create)(ps_store *, const ps_key *, uint64_t hash); /* 0: out of memory */
     /* 0, or an error code and nothing has changed. Lateness and duplicates are the caller's to judge. */
     int (*apply)(ps_store *, ps_handle, const ps_event *);
-    /* The outputs of one group, in order, as of as_of (not before watermark - lateness: the caller refuses that).
+    /* The outputs of one group, in order, as of as_of (not before watermark - lateness: the caller refuses that). An
+     * entity that sweep may release is read as an unknown one, whether sweep has been there or not.
      * extra: NULL, or one event that counts as applied now, and leaves no trace. handle 0: an unknown entity.
      * Returns 0 or an error code (then out and status are undefined). */
     int (*read)(ps_store *, ps_handle, uint32_t group, int64_t as_of, const ps_event *extra, ps_slot *out,
@@ -160,8 +161,23 @@ typedef struct {
     uint64_t *(*engine_field)(ps_store *, ps_handle);
     /* Memory for one apply of this event: after 0 it does not fail for want of memory. Or an error code, as apply. */
     int (*reserve)(ps_store *, ps_handle, const ps_event *);
-    /* Grow by small pages from now on: steadier, a little slower; large ones suit replay. */
+    /* Grow by small pages from now on: steadier, a little slower; large ones suit replay. Loading leaves it in force. */
     void (*small_pages)(ps_store *);
+    /* Forgets one entity altogether: everything it holds is given back and overwritten with zeros. 0: unknown key.
+     * (Memory that it gave back before, as its ring grew or slid, is overwritten only as it is used again.) */
+    int (*erase)(ps_store *, const ps_key *, uint64_t hash);
+    /* The entity after this one, 0 at the end; 0 gives the first. In no particular order. */
+    ps_handle (*next)(const ps_store *, ps_handle);
+    /* The entity's key; its text is valid until the next apply, find_or_create, sweep or erase. */
+    void (*key)(const ps_store *, ps_handle, ps_key *);
+    /* As ps_store_bytes; behind the size up to the next multiple of 4,096 lie zeros that may be read. */
+    const void *(*bytes)(const ps_store *, uint64_t *size);
+    /* Loading without a second copy: begin gives size bytes of fresh memory, all zeros (readable and writable up to the
+     * next multiple of 4,096); the caller fills it with what bytes gave for the same layout; commit checks its header
+     * and makes it the contents. The contents stay as they are until commit returns 0; any error ends the load. */
+    int (*begin_load)(ps_store *, uint64_t size, void **at);
+    int (*commit_load)(ps_store *, uint64_t size);
+    void (*cancel_load)(ps_store *);
 } ps_store_api;
 
 const ps_store_api *ps_store_get_api(void);

@@ -80,6 +80,13 @@ cdef extern from "window_state.h" nogil:
         uint64_t *(*engine_field)(ps_store *, ps_handle) noexcept nogil
         int (*reserve)(ps_store *, ps_handle, const ps_event *) noexcept nogil
         void (*small_pages)(ps_store *) noexcept nogil
+        int (*erase)(ps_store *, const ps_key *, uint64_t) noexcept nogil
+        ps_handle (*next)(const ps_store *, ps_handle) noexcept nogil
+        void (*key)(const ps_store *, ps_handle, ps_key *) noexcept nogil
+        const void *(*bytes)(const ps_store *, uint64_t *) noexcept nogil
+        int (*begin_load)(ps_store *, uint64_t, void **) noexcept nogil
+        int (*commit_load)(ps_store *, uint64_t) noexcept nogil
+        void (*cancel_load)(ps_store *) noexcept nogil
 
     enum:
         PS_LIFETIME

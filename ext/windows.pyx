@@ -244,6 +244,23 @@ cdef class WindowStore:
         """Release up to max_entities idle entities, looking at a bounded number; returns how many were released."""
         return self.api.sweep(self.ptr, watermark, max_entities)
 
+    def erase(self, key):
+        """Forget one entity altogether, its strings with it; whether it was known. No other entity changes."""
+        cdef ps_key k
+        cdef bytes text = _fill_key(&k, key)
+        return self.api.erase(self.ptr, &k, self.api.hash(&k)) != 0
+
+    def keys(self):
+        """The keys of all entities, in no particular order; for tests and tools: the list is as long as the state."""
+        cdef ps_key k
+        cdef ps_handle h = self.api.next(self.ptr, 0)
+        found = []
+        while h:
+            self.api.key(self.ptr, h, &k)
+            found.append(k.i if k.is_int else k.str[:k.len].decode())
+            h = self.api.next(self.ptr, h)
+        return found
+
     def stats(self):
         cdef ps_store_stats s
         self.api.stats(self.ptr, &s)

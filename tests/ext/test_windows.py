@@ -432,6 +432,126 @@ def test_lifetime_without_ttl_is_never_released(keep):
     assert store.read("k", 0, 10**12)[1] == (1.0 if keep.function in ("first", "last") else 1, PRESENT)
 
 
+STALE = [
+    Output("count", window=100),
+    Output("sum", 0, window=100, closed="both"),
+    Output("max", 0, window=20),
+    Output("first", 1, ttl=50),
+    Output("last", 1, ttl=50),
+    Output("distinct_count", 1, window=100),
+]
+
+
+def test_what_sweep_may_release_reads_as_unknown_before_it_has_been_there():
+    """Stale from the moment newest < watermark - longest - lateness: the statuses never tell when sweep ran."""
+    store = WindowStore(["float64", "string"], STALE, lateness=10)
+    store.apply("old", 0, [1.0, "a"])
+    store.apply("new", 110, [1.0, "b"])
+    assert store.read("old", 0, 110)[3] == (None, OUTSIDE_MAX_AGE), "exactly longest + lateness: not yet"
+    assert store.read("old", 0, 100)[1] == (1.0, PRESENT)
+    store.apply("new", 111, [1.0, "b"])
+    extras = [None, (111, [2.0, "c"]), (105, [None, None])]
+    before = [store.read("old", 0, at, extra) for at in (101, 111, 500) for extra in extras]
+    assert before == [store.read("nobody", 0, at, extra) for at in (101, 111, 500) for extra in extras]
+    assert {status for _, status in before[0]} == {PRESENT, NOT_FOUND}
+    assert store.version("old") == 1
+    while store.version("old"):
+        store.sweep(111, 8)
+    assert before == [store.read("old", 0, at, extra) for at in (101, 111, 500) for extra in extras]
+
+
+@pytest.mark.parametrize("value", [(3.0, "z"), (None, None)])
+def test_a_stale_entity_goes_on_as_one_that_was_released(value):
+    """Its version counts on; nothing else is left of what it was."""
+    swept, stale = (WindowStore(["float64", "string"], STALE, lateness=10) for _ in range(2))
+    for store in (swept, stale):
+        for t in range(500):
+            store.apply("a key of more than twenty-four bytes", t, [1e300, f"value {t}"])
+        store.apply("other", 5000, [1.0, "b"])
+    while swept.version("a key of more than twenty-four bytes"):
+        swept.sweep(5000, 8)
+    for store, version in ((swept, 1), (stale, 501)):
+        assert store.apply("a key of more than twenty-four bytes", 4995, value) == version
+    reads = [
+        [store.read("a key of more than twenty-four bytes", 0, at) for at in (4994, 4995, 5040, 5050, 9000)]
+        for store in (swept, stale)
+    ]
+    assert reads[0] == reads[1]
+    assert swept.stats().strings == stale.stats().strings
+    assert swept.stats().events == stale.stats().events == 2
+
+
+def test_an_entity_with_lifetime_is_never_stale():
+    store = store_of(Output("sum", 0, window=10), Output("count"))
+    store.apply("k", 0, [1.0])
+    store.apply("other", 10**12, [1.0])
+    assert store.read("k", 0, 10**12) == [(None, NULL_VALUE), (1, PRESENT)]
+
+
+def test_erase_forgets_one_entity_and_nothing_else():
+    outputs = [
+        Output("sum", 0, window=1000),
+        Output("var_pop", 0),
+        Output("first", 1),
+        Output("last", 1),
+        Output("distinct_count", 1),
+        Output("distinct_count", 1, window=50),
+    ]
+    secret = "a secret of some length that is interned"
+    key = "somebody@a-rather-long-domain.example"
+    store, without = (WindowStore(["float64", "string"], outputs, lateness=5) for _ in range(2))
+    rng = random.Random(3)
+    for t in range(6000):
+        who = rng.choice([key, "b", 7, "7"])
+        row = [rng.choice([0.1, 1e300, -1e-300, 5e-324]), rng.choice(["shared", secret if who == key else "c"])]
+        store.apply(who, t, row)
+        if who != key:
+            without.apply(who, t, row)
+    assert sorted(store.keys(), key=repr) == sorted([key, "b", 7, "7"], key=repr)
+    assert secret.encode() in store.dump()
+    assert store.erase(key)
+    assert not store.erase(key)
+    assert not store.erase("nobody")
+    assert sorted(store.keys(), key=repr) == sorted(without.keys(), key=repr)
+    assert store.version(key) == 0
+    assert store.read(key, 0, 6000) == store.read("nobody", 0, 6000)
+    for text in (secret, key):
+        assert text.encode() not in store.dump()
+    stats, expected = store.stats(), without.stats()
+    assert (stats.entities, stats.events, stats.strings) == (expected.entities, expected.events, expected.strings)
+    for who in ("b", 7, "7"):
+        for at in (5999, 5994, 6500):
+            assert store.read(who, 0, at) == without.read(who, 0, at)
+    store.apply(key, 6000, [2.0, "again"])
+    assert values(store, key, 6000) == [2.0, 0.0, "again", "again", 1, 1]
+
+
+def test_erasing_everything_gives_all_memory_back():
+    store = WindowStore(["string"], [Output("distinct_count", 0), Output("last", 0)])
+    empty = store.stats().bytes_used
+    store.apply("k", 0, ["a"])
+    store.erase("k")
+    for i in range(3000):
+        store.apply(i % 100, i, [f"value {i % 431}"])
+    tables = store.stats()
+    for key in list(store.keys()):
+        assert store.erase(key)
+    stats = store.stats()
+    assert (stats.entities, stats.events, stats.strings) == (0, 0, 0)
+    assert store.keys() == []
+    assert stats.bytes_used - empty <= 2 * 16 * (tables.entities + tables.strings), "only the tables stay grown"
+
+
+def test_keys_of_a_grown_table():
+    store = store_of(Output("count", window=10))
+    assert store.keys() == []
+    for i in range(3001):
+        store.apply(i if i % 2 else f"key {i}" * (1 + i % 3), 0, [1.0])
+    expected = {i if i % 2 else f"key {i}" * (1 + i % 3) for i in range(3001)}
+    assert len(store.keys()) == 3001
+    assert set(store.keys()) == expected
+
+
 def longest_calls(run):
     """Per call the least of three runs, so that what another process does to one of them does not count; in seconds."""
     runs = [run() for _ in range(3)]

@@ -214,7 +214,7 @@ class SlowEngine:
         """(name, type, default, value, status) per output, as of `at`; extra counts as if applied now."""
         event = self.events[view.event]
         key = self.key_of(view, key)
-        rows = [r for r in self.applied[event.name] if self.key_of(view, r[view.key]) == key]
+        rows = self.kept(view, key)
         unknown = windows.NULL_VALUE if rows or extra else windows.NOT_FOUND
         rows += [extra] if extra else []
         rows.sort(key=lambda r: r[event.time])
@@ -235,6 +235,27 @@ class SlowEngine:
             oracle = windows.WindowOracle([event.fields[a.column].rstrip("?") if a.column else "int64"], [output])
             value, status = oracle.evaluate(output, seen, at, unknown)
             yield name, kind, a.default, value, STATUSES[status]
+
+    def kept(self, view, key):
+        """The entity's applied events; none once no admissible read of any of the store's views can reach them."""
+        event = self.events[view.event]
+        reach = [
+            length_us(a.ttl) if w == "lifetime" and a.ttl else math.inf if w == "lifetime" else length_us(w)
+            for v in self.app.views
+            if (v.event, v.entity, v.key) == (view.event, view.entity, view.key)
+            for a in v.aggregations
+            for w in a.windows
+        ]
+        rows, newest, watermark = [], -math.inf, -math.inf
+        for r in [*self.applied[event.name], None]:
+            if newest < watermark - max(reach) - length_us(event.lateness):
+                rows, newest = [], -math.inf
+            if r is not None:
+                watermark = max(watermark, r[event.time])
+                if self.key_of(view, r[view.key]) == key:
+                    rows.append(r)
+                    newest = max(newest, r[event.time])
+        return rows
 
     def features(self, view, key, at):
         view = next(v for v in self.app.views if v.name == view)
