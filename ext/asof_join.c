@@ -2,45 +2,65 @@
  *
  * Keys are hashed where they lie, PS_ASOF_BLOCK at a time: first words and hashes of the whole block, each asking for its
  * table line, then the comparisons, so that cache misses overlap. What must stay true: a key is found only if all its
- * bytes are equal; up to 16 bytes they stand in the table line itself, longer ones in the text of the ps_keys.
+ * bytes are equal; up to 11 bytes they stand in the table line itself, longer ones in the text of the ps_keys.
  */
 #include "asof_join.h"
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "row.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #define LIKELY(x) __builtin_expect(!!(x), 1)
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
 #define PREFETCH(p) __builtin_prefetch(p)
 #define BLOCK PS_ASOF_BLOCK
-#define INLINE_BYTES 16
+#define BUCKET 4         /* lines of keys: one cache line */
+#define SHORT_BYTES 11   /* text that a line of keys holds */
+#define LONG 0xffu
+#define INTEGER 0xfeu
 #define SMALL_SORT 2048  /* entries that are merged in a buffer of their own */
 #define RUN 12           /* entries sorted by insertion */
 #define LOOK_AHEAD 24    /* rows between asking for memory and using it */
+#define HUGE_PAGE ((size_t)2 << 20)
 #define MANY_KEYS 131072 /* beyond, the newest rows per key do not stay in the cache */
 
 static int bit(const uint8_t *bits, int64_t i) { return bits[i >> 3] >> (i & 7) & 1; }
 
 /* ---------------------------------------------------------------------------------------------------------- keys */
 
+/* One key: of text up to 11 bytes, the bytes; of longer text 88 bits of hash; an integer. Equal lines are equal keys,
+ * but for long text, whose bytes stand in ps_keys.text. */
 typedef struct {
-    uint64_t low, high; /* the first and last 8 bytes; of long text its hash, and where it lies in ps_keys.text */
-    uint64_t hash;
-    uint32_t length, id; /* length 0 for integers; id PS_ASOF_NO_ID: an empty line */
+    uint64_t low;
+    uint32_t rest; /* its last byte: 1 + the length of text, LONG, or INTEGER; 0 only in an empty line */
+    uint32_t id;   /* PS_ASOF_NO_ID: an empty line */
 } key_line;
 
 struct ps_keys {
-    key_line *lines;
-    int shift; /* 64 - log2 of the number of lines */
+    key_line *lines; /* in buckets of BUCKET, filled from the first on; a full one runs over into the next */
+    int shift;       /* 64 - log2 of the number of lines */
     int64_t count, most;
+    int64_t *places; /* by id, where there is long text: where its length and bytes stand in `text` */
+    int64_t places_room;
     uint8_t *text;
     int64_t text_bytes, text_room;
 };
 
 typedef struct {
-    uint64_t low[BLOCK], high[BLOCK], hash[BLOCK];
+    uint64_t low;
+    uint32_t rest;   /* as in its line */
+    uint32_t bucket; /* number of its bucket's first line */
+} sought_key;
+
+typedef struct {
+    _Alignas(16) sought_key keys[BLOCK];
+    const uint8_t *text[BLOCK]; /* of long text */
     uint32_t length[BLOCK];
     int any_long;
 } key_block;
@@ -55,6 +75,13 @@ static inline uint64_t mix(uint64_t a, uint64_t b)
 #define K0 0xa0761d6478bd642fULL
 #define K1 0xe7037ed1a0b428dbULL
 #define K2 0x8ebc6af09c88c6e3ULL
+#define GOLDEN 0x9e3779b97f4a7c15ULL
+
+/* The first line of a key's bucket. The second product undoes the rhythm that one product leaves in dense integers. */
+static inline uint32_t bucket_of(const ps_keys *keys, uint64_t low, uint32_t rest)
+{
+    return (uint32_t)((mix(low ^ K0, rest ^ K1) * GOLDEN) >> keys->shift) & ~(uint32_t)(BUCKET - 1);
+}
 
 static inline uint64_t word(const uint8_t *p)
 {
@@ -63,12 +90,14 @@ static inline uint64_t word(const uint8_t *p)
     return w;
 }
 
-static uint64_t hash_long(const uint8_t *p, int64_t n)
+/* Of 12 bytes or more. */
+static uint64_t hash_long(const uint8_t *p, int64_t n, uint64_t seed)
 {
-    uint64_t h = K2 ^ (uint64_t)n;
+    uint64_t h = seed ^ (uint64_t)n;
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) h = mix(word(p + i) ^ K0, word(p + i + 8) ^ h);
-    return mix(h ^ K1, mix(word(p + n - 16) ^ K0, word(p + n - 8) ^ K2));
+    uint64_t head = word(n >= 16 ? p + n - 16 : p);
+    return mix(h ^ K1, mix(head ^ K0, word(p + n - 8) ^ seed));
 }
 
 static const uint64_t FIRST_BYTES[9] = {
@@ -95,24 +124,24 @@ static uint64_t few_bytes(const uint8_t *p, int64_t n)
                 *at = start + i;                                                                                      \
                 return PS_ASOF_DAMAGED;                                                                               \
             }                                                                                                         \
-            uint64_t low, high = 0;                                                                                   \
             const uint8_t *p = text + from;                                                                           \
+            uint64_t low;                                                                                             \
+            uint32_t rest = (uint32_t)(length + 1) << 24;                                                             \
             if (LIKELY(length <= 8)) {                                                                                \
                 low = LIKELY(from + 8 <= size) ? word(p) & FIRST_BYTES[length] : few_bytes(p, length);                \
-            } else if (LIKELY(length <= INLINE_BYTES)) {                                                              \
+            } else if (LIKELY(length <= SHORT_BYTES)) {                                                               \
                 low = word(p);                                                                                        \
-                high = word(p + length - 8);                                                                          \
+                rest |= (uint32_t)(word(p + length - 8) >> (64 - 8 * (length - 8)));                                  \
             } else {                                                                                                  \
-                low = hash_long(p, length);                                                                           \
-                high = (uint64_t)(uintptr_t)p;                                                                        \
+                low = hash_long(p, length, K2);                                                                       \
+                rest = (uint32_t)(hash_long(p, length, GOLDEN) >> 40) | LONG << 24;                                   \
+                b->text[i] = p;                                                                                       \
+                b->length[i] = (uint32_t)length;                                                                      \
                 b->any_long = 1;                                                                                      \
             }                                                                                                         \
-            uint64_t h = mix(low ^ K0, (length <= INLINE_BYTES ? high : 0) ^ K1 ^ (uint64_t)length);                  \
-            b->low[i] = low;                                                                                          \
-            b->high[i] = high;                                                                                        \
-            b->hash[i] = h;                                                                                           \
-            b->length[i] = (uint32_t)length;                                                                          \
-            PREFETCH(&keys->lines[h >> keys->shift]);                                                                 \
+            uint32_t bucket = bucket_of(keys, low, rest);                                                             \
+            b->keys[i] = (sought_key){low, rest, bucket};                                                             \
+            PREFETCH(&keys->lines[bucket]);                                                                           \
         }                                                                                                             \
         return PS_ASOF_OK;                                                                                            \
     }
@@ -125,7 +154,12 @@ static int integer_block(const ps_keys *keys, const ps_key_column *c, int64_t st
     int64_t base = c->offset + start;
 #define READ(KIND, TYPE)                                                                                             \
     case KIND:                                                                                                        \
-        for (int i = 0; i < n; i++) b->low[i] = (uint64_t)(int64_t)((const TYPE *)c->values)[base + i];               \
+        for (int i = 0; i < n; i++) {                                                                                 \
+            uint64_t low = (uint64_t)(int64_t)((const TYPE *)c->values)[base + i];                                    \
+            uint32_t bucket = bucket_of(keys, low, INTEGER << 24);                                                    \
+            b->keys[i] = (sought_key){low, INTEGER << 24, bucket};                                                    \
+            PREFETCH(&keys->lines[bucket]);                                                                           \
+        }                                                                                                             \
         break
     switch (c->kind) {
         READ(PS_ASOF_INT8, int8_t);
@@ -138,20 +172,13 @@ static int integer_block(const ps_keys *keys, const ps_key_column *c, int64_t st
         READ(PS_ASOF_UINT64, uint64_t);
     }
 #undef READ
+    b->any_long = 0;
     if (c->kind == PS_ASOF_UINT64)
         for (int i = 0; i < n; i++)
-            if (UNLIKELY(b->low[i] > INT64_MAX) && (!c->validity || bit(c->validity, base + i))) {
+            if (UNLIKELY(b->keys[i].low > INT64_MAX) && (!c->validity || bit(c->validity, base + i))) {
                 *at = start + i;
                 return PS_ASOF_BEYOND_INT64;
             }
-    for (int i = 0; i < n; i++) {
-        uint64_t h = mix(b->low[i] ^ K0, K1);
-        b->high[i] = 0;
-        b->hash[i] = h;
-        b->length[i] = 0;
-        PREFETCH(&keys->lines[h >> keys->shift]);
-    }
-    b->any_long = 0;
     return PS_ASOF_OK;
 }
 
@@ -162,37 +189,80 @@ static int read_block(const ps_keys *keys, const ps_key_column *c, int64_t start
     return integer_block(keys, c, start, n, b, at);
 }
 
-/* The line of key i of the block, or the empty one where it would stand. */
-static inline key_line *line_of(const ps_keys *keys, const key_block *b, int i)
+static inline int same_text(const ps_keys *keys, uint32_t id, const uint8_t *text, uint32_t length)
 {
-    uint64_t mask = ((uint64_t)1 << (64 - keys->shift)) - 1;
-    uint64_t low = b->low[i], high = b->high[i];
-    uint32_t length = b->length[i];
-    for (uint64_t at = b->hash[i] >> keys->shift;; at = (at + 1) & mask) {
+    const uint8_t *kept = keys->text + keys->places[id];
+    uint32_t n;
+    memcpy(&n, kept, sizeof n);
+    return n == length && !memcmp(kept + sizeof n, text, length);
+}
+
+/* The line of key i of the block, or the empty one where it would stand. */
+static key_line *line_of(const ps_keys *keys, const key_block *b, int i)
+{
+    uint32_t mask = (uint32_t)(((uint64_t)1 << (64 - keys->shift)) - 1);
+    const sought_key *key = &b->keys[i];
+    for (uint32_t at = key->bucket;; at = (at + 1) & mask) {
         key_line *line = &keys->lines[at];
         if (line->id == PS_ASOF_NO_ID) return line;
-        if (line->low != low || line->length != length) continue;
-        if (LIKELY(length <= INLINE_BYTES) ? line->high == high
-                                           : !memcmp(keys->text + line->high, (const void *)(uintptr_t)high, length))
-            return line;
+        if (line->low != key->low || line->rest != key->rest) continue;
+        if (key->rest >> 24 != LONG || same_text(keys, line->id, b->text[i], b->length[i])) return line;
     }
+}
+
+/* As line_of()->id, all lines of the bucket compared without a branch; of long text only the hash. */
+static inline uint32_t id_of(const ps_keys *keys, const key_block *b, int i)
+{
+    const sought_key *key = &b->keys[i];
+    const key_line *line = &keys->lines[key->bucket];
+    uint32_t found; /* bit 4 * k: line k */
+#if defined(__SSE2__)
+    const __m128i sought = _mm_load_si128((const __m128i *)key), *lines = (const __m128i *)line;
+    __m128i equal01 = _mm_packs_epi32(_mm_cmpeq_epi32(lines[0], sought), _mm_cmpeq_epi32(lines[1], sought));
+    __m128i equal23 = _mm_packs_epi32(_mm_cmpeq_epi32(lines[2], sought), _mm_cmpeq_epi32(lines[3], sought));
+    uint32_t equal = (uint32_t)_mm_movemask_epi8(_mm_packs_epi16(equal01, equal23)); /* a bit for every 4 bytes */
+    found = equal & equal >> 1 & equal >> 2 & 0x1111;
+#else
+    found = 0;
+    for (int k = 0; k < BUCKET; k++) found |= (uint32_t)(line[k].low == key->low && line[k].rest == key->rest) << 4 * k;
+#endif
+    if (LIKELY(found)) return line[__builtin_ctz(found) / 4].id;
+    return line[BUCKET - 1].id == PS_ASOF_NO_ID ? PS_ASOF_NO_ID : line_of(keys, b, i)->id;
+}
+
+/* Compares the bytes of long text, whose places and bytes are asked for before they are read. */
+static void check_long(const ps_keys *keys, const key_block *b, int n, uint32_t *ids)
+{
+    if (!keys->places) return; /* no id is of long text */
+#define IS_LONG(i) (b->keys[i].rest >> 24 == LONG && ids[i] != PS_ASOF_NO_ID)
+    for (int i = 0; i < n; i++)
+        if (IS_LONG(i)) PREFETCH(&keys->places[ids[i]]);
+    for (int i = 0; i < n; i++)
+        if (IS_LONG(i)) PREFETCH(&keys->text[keys->places[ids[i]]]);
+    for (int i = 0; i < n; i++)
+        if (IS_LONG(i) && UNLIKELY(!same_text(keys, ids[i], b->text[i], b->length[i]))) ids[i] = line_of(keys, b, i)->id;
+#undef IS_LONG
 }
 
 static key_line *empty_lines(int64_t n)
 {
-    key_line *lines = aligned_alloc(64, (size_t)n * sizeof(key_line));
-    if (lines)
-        for (int64_t i = 0; i < n; i++) lines[i].id = PS_ASOF_NO_ID;
+    size_t bytes = (size_t)n * sizeof(key_line);
+    key_line *lines = aligned_alloc(bytes < HUGE_PAGE ? 64 : HUGE_PAGE, bytes);
+    if (!lines) return NULL;
+    if (bytes >= HUGE_PAGE) madvise(lines, bytes, MADV_HUGEPAGE); /* with small pages each line would cost two misses */
+    for (int64_t i = 0; i < n; i++) lines[i] = (key_line){0, 0, PS_ASOF_NO_ID};
     return lines;
 }
+
+#define FIRST_LINES_LOG2 11
 
 ps_keys *ps_keys_new(void)
 {
     ps_keys *keys = calloc(1, sizeof *keys);
     if (!keys) return NULL;
-    keys->shift = 64 - 11;
-    keys->most = 1024;
-    keys->lines = empty_lines(2048);
+    keys->shift = 64 - FIRST_LINES_LOG2;
+    keys->most = 1 << (FIRST_LINES_LOG2 - 1);
+    keys->lines = empty_lines(1 << FIRST_LINES_LOG2);
     if (!keys->lines) {
         free(keys);
         return NULL;
@@ -204,53 +274,65 @@ void ps_keys_free(ps_keys *keys)
 {
     if (!keys) return;
     free(keys->lines);
+    free(keys->places);
     free(keys->text);
     free(keys);
 }
 
 int64_t ps_keys_count(const ps_keys *keys) { return keys->count; }
 
-/* Room for one more block of keys. Half the lines stay empty; two fifths where there are many. */
+/* Room for one more block of keys, with half of the lines empty: fuller buckets run over more often. */
 static int make_room(ps_keys *keys)
 {
     if (keys->count + BLOCK <= keys->most) return PS_ASOF_OK;
-    int shift = keys->shift - 1;
-    int64_t n = (int64_t)1 << (64 - shift);
-    key_line *lines = empty_lines(n);
+    if (keys->shift == 32) return PS_ASOF_MEMORY;
+    int64_t old = (int64_t)1 << (64 - keys->shift), n = 2 * old;
+    key_line *before = keys->lines, *lines = empty_lines(n);
     if (!lines) return PS_ASOF_MEMORY;
-    uint64_t mask = (uint64_t)n - 1;
-    int64_t old = n >> 1;
-    for (int64_t i = 0; i < old; i++) {
-        if (keys->lines[i].id == PS_ASOF_NO_ID) continue;
-        uint64_t at = keys->lines[i].hash >> shift;
-        while (lines[at].id != PS_ASOF_NO_ID) at = (at + 1) & mask;
-        lines[at] = keys->lines[i];
-    }
-    free(keys->lines);
     keys->lines = lines;
-    keys->shift = shift;
-    keys->most = n <= MANY_KEYS ? n / 2 : n / 5 * 3;
+    keys->shift--;
+    keys->most = n / 2;
+    for (int64_t i = 0; i < old; i++) {
+        if (before[i].id == PS_ASOF_NO_ID) continue;
+        uint32_t at = bucket_of(keys, before[i].low, before[i].rest);
+        while (lines[at].id != PS_ASOF_NO_ID) at = (at + 1) & (uint32_t)(n - 1);
+        lines[at] = before[i];
+    }
+    free(before);
+    return PS_ASOF_OK;
+}
+
+/* Memory for `need` bytes at least, which grows by half. */
+static int grow(void **memory, int64_t *room, int64_t need)
+{
+    if (need <= *room) return PS_ASOF_OK;
+    int64_t bytes = need + need / 2 + 4096;
+    void *larger = realloc(*memory, (size_t)bytes);
+    if (!larger) return PS_ASOF_MEMORY;
+    *memory = larger;
+    *room = bytes;
+    return PS_ASOF_OK;
+}
+
+static int keep_text(ps_keys *keys, uint32_t id, const uint8_t *text, uint32_t length)
+{
+    int64_t end = keys->text_bytes + (int64_t)sizeof length + length;
+    if (grow((void **)&keys->places, &keys->places_room, ((int64_t)id + 1) * (int64_t)sizeof *keys->places)) return PS_ASOF_MEMORY;
+    if (grow((void **)&keys->text, &keys->text_room, end)) return PS_ASOF_MEMORY;
+    keys->places[id] = keys->text_bytes;
+    memcpy(keys->text + keys->text_bytes, &length, sizeof length);
+    memcpy(keys->text + keys->text_bytes + sizeof length, text, length);
+    keys->text_bytes = end;
     return PS_ASOF_OK;
 }
 
 static int add_line(ps_keys *keys, key_line *line, const key_block *b, int i)
 {
-    if (UNLIKELY(keys->count >= (int64_t)PS_ASOF_MOST_ROWS)) return PS_ASOF_MEMORY;
-    *line = (key_line){b->low[i], b->high[i], b->hash[i], b->length[i], PS_ASOF_NO_ID};
-    if (b->length[i] > INLINE_BYTES) {
-        int64_t end = keys->text_bytes + b->length[i];
-        if (end > keys->text_room) {
-            int64_t room = end + end / 2 + 4096;
-            uint8_t *text = realloc(keys->text, (size_t)room);
-            if (!text) return PS_ASOF_MEMORY;
-            keys->text = text;
-            keys->text_room = room;
-        }
-        memcpy(keys->text + keys->text_bytes, (const void *)(uintptr_t)b->high[i], b->length[i]);
-        line->high = (uint64_t)keys->text_bytes;
-        keys->text_bytes = end;
-    }
-    line->id = (uint32_t)keys->count++;
+    uint32_t id = (uint32_t)keys->count;
+    const sought_key *key = &b->keys[i];
+    if (key->rest >> 24 == LONG && keep_text(keys, id, b->text[i], b->length[i])) return PS_ASOF_MEMORY;
+    *line = (key_line){key->low, key->rest, id};
+    keys->count++;
     return PS_ASOF_OK;
 }
 
@@ -300,10 +382,12 @@ int ps_keys_add(ps_keys *keys, const ps_key_column *c, uint32_t *ids, int64_t *a
         for (int i = 0; i < n; i++) {
             uint32_t id = PS_ASOF_NO_ID;
             if (!c->validity || bit(c->validity, c->offset + start + i)) {
-                key_line *line = line_of(keys, &b, i);
-                if (line->id == PS_ASOF_NO_ID) code = add_line(keys, line, &b, i);
-                if (UNLIKELY(code)) return code;
-                id = line->id;
+                if (b.keys[i].rest >> 24 != LONG) id = id_of(keys, &b, i);
+                if (UNLIKELY(id == PS_ASOF_NO_ID)) {
+                    key_line *line = line_of(keys, &b, i);
+                    if (line->id == PS_ASOF_NO_ID && add_line(keys, line, &b, i)) return PS_ASOF_MEMORY;
+                    id = line->id;
+                }
             }
             if (ids) ids[start + i] = id;
         }
@@ -318,10 +402,9 @@ int ps_keys_find(const ps_keys *keys, const ps_key_column *c, int64_t start, int
     if (c->kind & PS_ASOF_DICTIONARY) return dictionary_ids(c, start, n, missing, ids, at_row);
     int code = read_block(keys, c, start, n, &b, at_row);
     if (code) return code;
-    for (int i = 0; i < n; i++) {
-        uint32_t id = line_of(keys, &b, i)->id;
-        ids[i] = id == PS_ASOF_NO_ID ? missing : id;
-    }
+    for (int i = 0; i < n; i++) ids[i] = id_of(keys, &b, i);
+    if (b.any_long) check_long(keys, &b, n, ids);
+    for (int i = 0; i < n; i++) ids[i] = ids[i] == PS_ASOF_NO_ID ? missing : ids[i];
     if (c->validity)
         for (int i = 0; i < n; i++)
             if (!bit(c->validity, c->offset + start + i)) ids[i] = missing;

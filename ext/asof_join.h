@@ -57,7 +57,7 @@ int64_t ps_keys_count(const ps_keys *keys);
  * integers, or all are text. `at_row` gets the row of an error. */
 int ps_keys_add(ps_keys *keys, const ps_key_column *column, uint32_t *ids, int64_t *at_row);
 /* Ids of n rows from `start`; `missing` for nulls and keys never added. n is at most PS_ASOF_BLOCK. */
-#define PS_ASOF_BLOCK 512
+#define PS_ASOF_BLOCK 256
 int ps_keys_find(const ps_keys *keys, const ps_key_column *column, int64_t start, int n, uint32_t missing, uint32_t *ids,
                  int64_t *at_row);
 
