@@ -30,6 +30,8 @@ C_FILES: dict[str, list[str]] = {
     "http": [],
     "log": ["event_log.c"],
     "history": [],
+    "log_columns": [],
+    "spine": [],
     "asof": ["asof_join.c"],
     "snapshot": ["page_delta.c"],
 }

@@ -52,6 +52,7 @@ cdef class BatchRun:
         bint any_id
         int advanced              # rows of the slice that were ingested
 
+    cdef int use_output(self, list out) except -1
     cdef int table_of(self, Py_ssize_t i) noexcept nogil
     cdef Py_ssize_t row_of(self, Py_ssize_t i) noexcept nogil
     cdef int decode(self, Rows rows, Py_ssize_t start, int n, int64_t now) noexcept nogil

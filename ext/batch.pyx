@@ -41,7 +41,8 @@ cdef class VerdictColumns:
 cdef class BatchRun:
     """One pass over tables; see run_table. HistoryRun (history.pyx) feeds the same steps from the event log."""
 
-    def __cinit__(self, Core core, list tables, order, list out, Py_ssize_t pipeline, bint ingest, verdicts_out, progress):
+    def __cinit__(self, Core core, list tables, order, list out, Py_ssize_t pipeline, bint ingest, verdicts_out, progress,
+                  **of_history):
         cdef int i
         cdef Source source
         cdef ColumnSet columns
@@ -63,12 +64,22 @@ cdef class BatchRun:
             self.columns[i] = columns.columns
             self.scored[i] = scored
             self.any_id |= source.has_id
-        if order is None:
+        if not tables:
+            self.total = 0
+        elif order is None:
             self.total = (<ColumnSet>self.sets[0]).rows
         else:
             self.order_table = <uint8_t *><uintptr_t>order[0].ctypes.data
             self.order_row = <int64_t *><uintptr_t>order[1].ctypes.data
             self.total = len(order[1])
+        self.use_output(out)
+        self.ingest = ingest
+        self.verdicts = verdicts_out
+        self.progress = progress
+
+    cdef int use_output(self, list out) except -1:
+        cdef int i
+        free(self.out)
         self.n_out = len(out)
         self.out = <OutColumn *>checked(len(out), sizeof(OutColumn))
         self.texts = []
@@ -78,9 +89,7 @@ cdef class BatchRun:
             self.out[i].data = <char *><uintptr_t>data
             self.out[i].absent = <uint8_t *><uintptr_t>absent
             self.texts.append([] if kind == 2 else None)
-        self.ingest = ingest
-        self.verdicts = verdicts_out
-        self.progress = progress
+        return 0
 
     def __dealloc__(self):
         free(self.out)
@@ -99,6 +108,8 @@ cdef class BatchRun:
             n = BLOCK if self.total - start > BLOCK else <int>(self.total - start)
             core.enter()
             try:
+                if self.ingest:
+                    core.check_open()
                 rows.arena.used = <uint32_t>PyBytes_GET_SIZE(core.constants)
                 if not core.event_clock:
                     now = core.now()

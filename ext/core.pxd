@@ -21,13 +21,14 @@ cdef class Core:
         IdSource ids
         int64_t last_now
         int64_t sequence
-        EventLog log
+        readonly EventLog log
         ps_log *log_ptr           # NULL: no log
         const ps_log_api *log_api
         int64_t log_id
         uint64_t score_share      # of 2^32: keys whose scores are logged
         uint64_t scores_lost
         bint wait_here            # calls wait for the sync
+        bint log_closed
         bint event_clock
         unsigned long owner
         bint forked
@@ -44,6 +45,7 @@ cdef class Core:
                           RowKeys *keys, int outcome, bint applied, ps_handle *handles) noexcept nogil
     cdef void append_score(self, PipeC *pipe, ps_slot *slots, uint8_t *status, ps_arena *arena, RowKeys *keys,
                            const Verdict *verdict, const char *id, int64_t as_of) noexcept nogil
+    cdef int check_open(self) except -1
     cdef object not_ingested(self, int code, str what)
     cdef int wait_for_log(self) except -1
     cdef int read_views(self, PipeC *pipe, RowKeys *keys, ps_handle *handles, const ps_event *events, int applied,

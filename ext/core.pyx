@@ -158,6 +158,7 @@ cdef class Core:
         self.ids = IdSource()
         self.log = None
         self.log_ptr = NULL
+        self.log_closed = False
 
     # the event log
 
@@ -184,6 +185,24 @@ cdef class Core:
         finally:
             self.leave()
 
+    def close_log(self):
+        """Sync and close the log. From now on events are refused, reads go on."""
+        self.enter()
+        try:
+            log = self.log
+            if log is None or self.log_closed:
+                return
+            self.log_closed = True
+            self.log_ptr = NULL
+        finally:
+            self.leave()
+        log.close()
+
+    cdef int check_open(self) except -1:
+        if self.log_closed:
+            raise LogError(f"{self.log.folder}: the event log is closed; the event was not ingested")
+        return 0
+
     def leave_waiting_to_caller(self):
         """With `fsync always`: calls return before the sync, and the caller waits for it (the server does)."""
         self.wait_here = False
@@ -196,6 +215,18 @@ cdef class Core:
         for source, watermark in zip(self.sources, watermarks):
             if watermark is not None and watermark > source.c.watermark:
                 source.c.watermark = watermark
+
+    def reset_counters(self):
+        """Counts since start begin now: recovery counts no outcomes."""
+        cdef Source source
+        for source in self.sources:
+            memset(source.c.outcomes, 0, sizeof(source.c.outcomes))
+
+    def take_ids(self, Core other):
+        """Remember the event ids that another core of the same event types remembers."""
+        cdef Source mine, its
+        for mine, its in zip(self.sources, other.sources):
+            mine.seen, mine.seen_before, mine.turned = its.seen, its.seen_before, its.turned
 
     @property
     def next_sequence(self):
@@ -332,7 +363,7 @@ cdef class Core:
 
     cdef int wait_for_log(self) except -1:
         """With `fsync always`: until what was appended is on disk. Outside enter(), so that threads share a sync."""
-        if self.wait_here and self.log is not None:
+        if self.wait_here and self.log_ptr != NULL:
             self.log.wait()
         return 0
 
@@ -701,6 +732,8 @@ cdef class Core:
         cdef dict home = None
         cdef Decision decision
         cdef Verdict verdict
+        if ingest:
+            self.check_open()
         rows.arena.used = <uint32_t>PyBytes_GET_SIZE(self.constants)
         source.reader.read_object(event, rows.slots, rows.status, &rows.arena, "")
         if source.has_id:
@@ -807,6 +840,7 @@ cdef class Core:
         cdef Rows rows = self.single
         cdef int code
         cdef object id = None
+        self.check_open()
         rows.arena.used = <uint32_t>PyBytes_GET_SIZE(self.constants)
         source.reader.read_object(event, rows.slots, rows.status, &rows.arena, "")
         if source.has_id:

@@ -96,10 +96,14 @@ int ps_segment_last_mark(const char *base, ps_segment_mark *out) {
     return found;
 }
 
-static void put_mark(segment *s, uint64_t synced, uint64_t end) {
-    ps_segment_mark m = {.turn = ++s->turn, .synced = synced, .end = end, .last_sequence = s->last_sequence};
+void ps_segment_put_mark(char *base, uint64_t turn, uint64_t synced, uint64_t end, int64_t last_sequence) {
+    ps_segment_mark m = {.turn = turn, .synced = synced, .end = end, .last_sequence = last_sequence};
     m.crc = mark_crc(&m);
-    memcpy(mark_at(s->base, (int)(s->turn % PS_MARKS)), &m, sizeof m);
+    memcpy(mark_at(base, (int)(turn % PS_MARKS)), &m, sizeof m);
+}
+
+static void put_mark(segment *s, uint64_t synced, uint64_t end) {
+    ps_segment_put_mark(s->base, ++s->turn, synced, end, s->last_sequence);
 }
 
 static void fail(ps_log *L, int error) {

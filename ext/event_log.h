@@ -78,6 +78,7 @@ int ps_log_event_fd(ps_log *);
 void ps_log_get_stats(ps_log *, ps_log_stats *);
 /* The newest whole mark of a segment's header; 0 where none is. */
 int ps_segment_last_mark(const char *base, ps_segment_mark *out);
+void ps_segment_put_mark(char *base, uint64_t turn, uint64_t synced, uint64_t end, int64_t last_sequence);
 uint32_t ps_segment_head_crc(const ps_segment_head *);
 
 #endif

@@ -234,6 +234,16 @@ def put_record(unsigned char[::1] data, int64_t log_id, uint64_t number, uint64_
     r.crc = ps_record_crc(r, length, ps_record_seed(<uint64_t>log_id, number, offset))
 
 
+def put_sealed(unsigned char[::1] data, uint64_t end, int64_t last_sequence):
+    """Mark a segment as complete: its records end at an offset."""
+    cdef ps_segment_mark last
+    if data.shape[0] < PS_SEGMENT_HEAD:
+        raise ValueError("a segment begins with a header of one page")
+    if not ps_segment_last_mark(<const char *>&data[0], &last):
+        last.turn = 0
+    ps_segment_put_mark(<char *>&data[0], last.turn + 1, end, end, last_sequence)
+
+
 def put_head(unsigned char[::1] data, int64_t log_id, uint64_t number, int64_t first_sequence, int64_t created):
     """Write a segment's header (for tools that write segments anew)."""
     cdef ps_segment_head *head

@@ -9,7 +9,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -31,6 +31,10 @@ from .plan import EventPlan, ModelStep, PipelinePlan, Plan, StorePlan, suggestio
 from .tables import FIRST_TIME, LAST_TIME, OutColumns, arrow_table, column_set, event_times, is_column, pyarrow
 from .timestamp import Timestamp
 
+if TYPE_CHECKING:
+    from .offline.log_folder import LogFolder
+    from .offline.recovery import LogOptions, RecoveryReport
+
 __all__ = ["Engine", "FeatureRows"]
 
 Progress = Callable[[int], None]
@@ -48,17 +52,28 @@ class FeatureRows(msgspec.Struct, frozen=True):
 class Engine:
     """One app in this process: its state, its models, and every way to use them. Calls may come from any thread.
 
-    app: a path to a Python file, a module or its name, or a mapping of names to definitions.
+    app: a path to a Python file, a module or its name, a mapping of names to definitions, or a Plan.
     models: the model folder, `DIR/<name>/<version>/model.{onnx,txt,json,ubj}`; needed where a pipeline has models.
     clock: "wall" (ingest time is wall time) or "event" (it is the event's own time: replay of history).
+    log: a folder for the event log: what it holds is recovered first, then every accepted event is in it before it is
+    acknowledged. log_options: how it is kept. progress: told of events replayed while recovering.
 
     Raises DefinitionError, with every problem and its place, where the app or a model does not fit.
     """
 
-    def __init__(self, app: App, *, models: str | Path | None = None, clock: str = "wall") -> None:
+    def __init__(
+        self,
+        app: App | Plan,
+        *,
+        models: str | Path | None = None,
+        clock: str = "wall",
+        log: str | Path | None = None,
+        log_options: LogOptions | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         if clock not in ("wall", "event"):
             raise ValueError(f'clock: expected "wall" or "event", got {clock!r}')
-        self.plan: Plan = load_plan(app)
+        self.plan: Plan = app if isinstance(app, Plan) else load_plan(app)
         self.clock = clock
         self.models_folder = None if models is None else Path(models)
         self._runtimes: dict[tuple[Any, ...], tuple[Runtime, str, str]] = {}
@@ -73,16 +88,64 @@ class Engine:
         for pipeline in self.plan.pipelines.values():
             self._keys[pipeline.event].update(read.key for read in pipeline.reads)
             self._keys[pipeline.event].update(step.unit for step in pipeline.experiments)
-        self._stores = [_window_store(store, self.plan.events[store.event]) for store in self.plan.stores]
+        self.stores = [_window_store(store, self.plan.events[store.event]) for store in self.plan.stores]
         self._constants = b""
         sources = [self._source(event) for event in self.plan.events.values()]
         pipes = [self._pipe(pipeline, sources) for pipeline in self.plan.pipelines.values()]
-        self.core = Core(sources, pipes, self._stores, self._constants, clock == "event")
+        self.core = Core(sources, pipes, self.stores, self._constants, clock == "event")
         self._pipeline_of: dict[type, int | None] = {}
         for pipeline in self.plan.pipelines.values():
             event_type = self.plan.events[pipeline.event].type
             # None where several pipelines score this event: score() then needs the pipeline's name.
             self._pipeline_of[event_type] = None if event_type in self._pipeline_of else pipeline.index
+        self.recovery: RecoveryReport | None = None
+        self._folder: LogFolder | None = None
+        self._keeper: Any = None
+        if log is not None:
+            self._open_log(log, log_options, progress)
+
+    # the event log
+
+    def _open_log(self, log: str | Path, options: LogOptions | None, progress: Progress | None) -> None:
+        from .offline.keeper import start_keeper
+        from .offline.log_folder import LogFolder
+        from .offline.recovery import LogOptions, open_log
+
+        options = options if options is not None else LogOptions()
+        folder = LogFolder(log, write=True)
+        try:
+            self.recovery = open_log(self, folder, options, progress)
+            self._keeper = start_keeper(folder, options) if options.keeper else None
+        except BaseException:
+            folder.close()
+            raise
+        self._folder = folder
+
+    def sync(self) -> None:
+        """Wait until everything that was acknowledged is on disk. Raises LogError where the disk failed."""
+        if self.core.log is not None:
+            self.core.log.wait()
+
+    def close(self) -> None:
+        """Sync and close the event log and let its folder go. The engine can still be read, but takes no more events."""
+        if self._keeper is not None:
+            self._keeper.stop()
+            self._keeper = None
+        self.core.close_log()
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def core_of(self, fingerprints: set[int]) -> Core:
+        """A core that applies events to these layouts alone, on the engine's own state (recovery)."""
+        sources = [self._source(event, fingerprints) for event in self.plan.events.values()]
+        return Core(sources, [], self.stores, self._constants, True)
 
     # scoring
 
@@ -223,7 +286,7 @@ class Engine:
             if isinstance(key, str) and not _is_unicode(key):
                 raise EventError(f".keys[{i}]", "expected text that is valid Unicode, got a lone surrogate")
         found = self.core.read_view(
-            self._stores[plan.store],
+            self.stores[plan.store],
             event.index,
             plan.group,
             [_as_key(key, plan.key_type, self._typed_entity(plan.entity)) for key in keys],
@@ -270,15 +333,17 @@ class Engine:
 
     # putting the native parts together
 
-    def _source(self, event: EventPlan) -> Source:
+    def _source(self, event: EventPlan, fingerprints: set[int] | None = None) -> Source:
         reader = EventReader(event, self._keys[event.name], self._aggregated[event.name])
         source = Source(event, reader)
         stores = []
         for index in event.stores:
             store = self.plan.stores[index]
+            if fingerprints is not None and store.fingerprint not in fingerprints:
+                continue
             stores.append(
                 (
-                    self._stores[index],
+                    self.stores[index],
                     store.key,
                     event.fields[store.key].type == "int64",
                     store.key_type == "int64",
@@ -332,7 +397,7 @@ class Engine:
             ]
             reads.append(
                 (
-                    self._stores[view.store],
+                    self.stores[view.store],
                     view.group,
                     read.key,
                     event.fields[read.key].type == "int64",

@@ -1,0 +1,282 @@
+"""Recovery (control path): a log folder into an engine's state, before it serves: newest snapshot, then the log's tail.
+
+What must stay true: every event that was acknowledged is in the state once, as it was judged; layouts that a snapshot
+does not hold are rebuilt from all of history; and what cannot be read is refused or reported, never passed over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from .._ext.core import Core
+from .._ext.history import HistoryRun
+from .._ext.log import EventLog
+from ..errors import LogError
+from ..features.layouts import describe_layouts
+from ..features.snapshot import LoadedSnapshot, load_snapshot
+from .history import History
+from .log_folder import Damage, LogFolder, write_whole
+from .schemas import EventSchema, event_mapping, schemas_of, score_mapping
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+__all__ = ["LogOptions", "RecoveryReport", "mappings_of", "open_log", "parse_sync"]
+
+Progress = Callable[[int], None]
+
+SEGMENT_BYTES = 64 << 20
+
+
+class LogOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How an engine keeps its log.
+
+    sync: "always" (a call returns when its event is on disk; calls that arrive together share a sync), "10ms" or any
+    length (calls do not wait; a power cut loses at most that much), "never" (the kernel decides).
+    scores: share of the entities, by key hash, whose scores are logged: 1.0 all, 0 none.
+    start_cold: layouts that no snapshot holds start empty instead of being rebuilt from history.
+    segment_bytes: size of a log file. segment_seconds: a file is closed after so long although it is not full.
+    keeper: a child process takes snapshots and compacts while the engine runs.
+    snapshot_bytes: of log between two snapshots.
+    """
+
+    sync: str = "10ms"
+    scores: float = 1.0
+    start_cold: bool = False
+    segment_bytes: int = SEGMENT_BYTES
+    segment_seconds: float = 3600.0
+    keeper: bool = True
+    snapshot_bytes: int = 256 << 20
+    parquet: str | None = None
+    retention: str | None = None
+
+
+class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What opening a log found and did. seconds: of the whole; events: replayed from the log's tail; rebuilt: layouts
+    computed anew from history (events of it in `history_events`); cold: layouts that start empty."""
+
+    snapshot: int | None
+    events: int
+    history_events: int
+    loaded: list[str]
+    rebuilt: list[str]
+    cold: list[str]
+    damages: list[Damage]
+    skipped_snapshots: list[str]
+    clock_behind_us: int
+    seconds: float
+
+    def lines(self) -> list[str]:
+        """What an operator should read, a line each."""
+        found = []
+        what = f"snapshot {self.snapshot}" if self.snapshot is not None else "no snapshot"
+        rate = f", {self.events / self.seconds:,.0f}/s" if self.seconds > 0.05 and self.events else ""
+        found.append(f"log recovered in {self.seconds:.2f} s: {what}, {self.events:,} events replayed{rate}")
+        if self.rebuilt:
+            found.append(f"rebuilt from {self.history_events:,} events of history: {', '.join(self.rebuilt)}")
+        if self.cold:
+            found.append(f"started empty as asked: {', '.join(self.cold)}")
+        found += [f"warning: {damage}" for damage in self.damages]
+        found += [f"warning: snapshot passed over: {reason}" for reason in self.skipped_snapshots]
+        if self.clock_behind_us > 1_000_000:
+            found.append(
+                f"warning: the clock is {self.clock_behind_us / 1e6:.1f} s behind the log's last event; "
+                "ingest times stand still until it has caught up"
+            )
+        return found
+
+
+def parse_sync(text: str) -> int:
+    """Microseconds between syncs; 0 for "always", -1 for "never". Raises ValueError."""
+    from ..definitions.durations import duration_us
+
+    if text == "always":
+        return 0
+    if text == "never":
+        return -1
+    try:
+        us = duration_us(text)
+    except ValueError:
+        us = 0
+    if not 1000 <= us <= 60_000_000:
+        raise ValueError(f'sync: expected "always", "never" or a length from 1ms to 60s such as "10ms", got {text!r}')
+    return us
+
+
+def mappings_of(engine: Engine, schemas: list[Any], pipelines: bool = True) -> list[Any]:
+    """Per schema number of a segment how the engine's app reads its records; None where it has no such type."""
+    found: list[Any] = []
+    for schema in schemas:
+        if isinstance(schema, EventSchema):
+            event = engine.plan.events.get(schema.name)
+            found.append(None if event is None else event_mapping(schema, event))
+        elif pipelines:
+            plan = engine.plan.pipelines.get(schema.pipeline)
+            words = engine.core.pipes[plan.index].decision_texts if plan is not None else None
+            found.append(score_mapping(schema, engine.plan, plan, list(words.models) if words is not None else []))
+        else:
+            found.append(None)
+    return found
+
+
+class _Replay:
+    """Feeds pieces of history to a core, in order, with the mappings of each piece's schemas."""
+
+    def __init__(self, engine: Engine, history: History, progress: Progress | None) -> None:
+        self.engine = engine
+        self.history = history
+        self.progress = progress
+
+    def run(self, core: Core, first: int, last: int | None, ids: bool, expected: int) -> dict[str, Any]:
+        """Events `first` to `last` (None: to the end). expected: the first sequence there must be; -1: any."""
+        run = HistoryRun(core, [], None, [], -1, True, None, self.progress, rows="none", next_sequence=expected, ids=ids)
+        until = last if last is not None else 1 << 62
+        for piece in self.history.pieces(first, until):
+            mappings = mappings_of(self.engine, piece.schemas)
+            try:
+                reached, why = run.feed(
+                    piece.data, piece.log_id, piece.number, piece.start, piece.end, mappings, first, until
+                )
+            except LogError as error:
+                raise LogError(f"{piece.path}: {error}") from None
+            if why == "stopped" and reached < piece.end:
+                raise LogError(f"{piece.path} at offset {reached}: a record does not check")
+        run.done()
+        return run.totals
+
+
+class Recovered(msgspec.Struct, kw_only=True):
+    """State brought up to the log: what was loaded, what was replayed."""
+
+    history: History
+    snapshot: LoadedSnapshot | None
+    damages: list[Damage]
+    at: int
+    events: int
+    history_events: int
+    loaded: list[str]
+    rebuilt: list[str]
+    cold: list[str]
+
+
+def recover_state(
+    engine: Engine, folder: LogFolder, start_cold: bool = False, progress: Progress | None = None
+) -> Recovered:
+    """Load the newest snapshot into an engine's state and replay the log's tail; changes nothing in the folder."""
+    plan = engine.plan
+    stores = {store.fingerprint: engine.stores[store.index] for store in plan.stores}
+    names = {store.fingerprint: f"{store.event} by {store.entity}" for store in plan.stores}
+    history = History(folder)
+    damages = history.check()
+    snapshot = load_snapshot(folder.snapshots_path, stores) if stores and folder.snapshots_path.is_dir() else None
+    loaded: set[int] = set()
+    at, position = -1, None
+    if snapshot is not None and snapshot.position is not None and snapshot.loaded:
+        loaded, position = set(snapshot.loaded), snapshot.position
+        at = position.sequence
+    if at > history.last_sequence:
+        raise LogError(
+            f"{folder.path}: the snapshot is of event {at}, but the log ends with event {history.last_sequence}; "
+            "segments are missing"
+        )
+    replay = _Replay(engine, history, progress)
+    missing = [f for f in stores if f not in loaded]
+    found = Recovered(
+        history=history,
+        snapshot=snapshot,
+        damages=damages,
+        at=at,
+        events=0,
+        history_events=0,
+        loaded=[names[f] for f in stores if f in loaded],
+        rebuilt=[],
+        cold=[],
+    )
+    marks: dict[str, int] = dict(position.watermarks) if position is not None else {}
+    if missing and start_cold:
+        found.cold = [names[f] for f in missing] if history.last_sequence >= 0 else []
+        if position is None and history.known:
+            # No state at all: only where the watermarks stand, and the ids, are taken from the log.
+            recent = engine.core_of(set())
+            recent.go_on_from(0, 0, [history.watermarks().get(name) for name in plan.events])
+            replay.run(recent, history.known[-1].first or 0, None, False, -1)
+            at = history.last_sequence
+            marks = {e.name: m for e in plan.events.values() if (m := recent.watermark(e.index)) is not None}
+    elif missing and position is not None:
+        # Only the layouts that the snapshot lacks, up to where it stands; the tail is for all.
+        found.history_events = replay.run(engine.core_of(set(missing)), 0, at, False, 0)["events"]
+        found.rebuilt = [names[f] for f in missing]
+    elif snapshot is not None and snapshot.position is not None:
+        found.rebuilt = [names[f] for f in missing]
+    ingest_time = position.ingest_time if position is not None else 0
+    engine.core.go_on_from(at + 1, ingest_time, [marks.get(name) for name in plan.events])
+    if at >= 0:
+        _recover_ids(replay, engine, history, at)
+    totals = replay.run(engine.core, at + 1, None, True, at + 1)
+    found.events = totals["events"]
+    engine.core.go_on_from(
+        history.last_sequence + 1, max(history.last_ingest_time, totals["ingest_time"]), [None] * len(plan.events)
+    )
+    engine.core.reset_counters()
+    return found
+
+
+def open_log(engine: Engine, folder: LogFolder, options: LogOptions, progress: Progress | None) -> RecoveryReport:
+    """Bring an engine's state up to its log, and attach the log for writing. The folder is locked by the caller.
+
+    Raises LogError, with file and offset, where history cannot be read as it was written.
+    """
+    began = time.perf_counter()
+    plan = engine.plan
+    sync_us = parse_sync(options.sync)
+    folder.remove_spares()
+    found = recover_state(engine, folder, options.start_cold, progress)
+    history = found.history
+    history.seal()
+    write_whole(folder.path / "layouts.json", describe_layouts(plan))
+    texts = [pipe.decision_texts for pipe in engine.core.pipes]
+    event_schemas = list(range(len(plan.events)))
+    score_schemas = list(range(len(plan.events), len(plan.events) + len(plan.pipelines)))
+    log = EventLog(
+        str(folder.segments_path),
+        folder.log_id,
+        max([*folder.numbers(), history.last_number], default=0) + 1,
+        history.last_sequence + 1,
+        options.segment_bytes,
+        sync_us,
+        int(options.segment_seconds * 1e6),
+        schemas_of(plan, texts),
+        engine.core.sources,
+    )
+    engine.core.attach_log(log, event_schemas, score_schemas, options.scores)
+    return RecoveryReport(
+        snapshot=found.at if found.loaded else None,
+        events=found.events,
+        history_events=found.history_events,
+        loaded=found.loaded,
+        rebuilt=found.rebuilt,
+        cold=found.cold,
+        damages=found.damages,
+        skipped_snapshots=list(found.snapshot.skipped) if found.snapshot is not None else [],
+        clock_behind_us=max(0, engine.core.last_ingest_time - time.time_ns() // 1000),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _recover_ids(replay: _Replay, engine: Engine, history: History, last: int) -> None:
+    """The event ids that a snapshot does not hold: from the log, as far back as ids are remembered."""
+    events = [e for e in engine.plan.events.values() if e.event_id is not None]
+    if not events:
+        return
+    reach = {e.name: e.options.lateness + e.options.retry_window for e in events}
+    now = {e.name: engine.core.watermark(e.index) for e in events}
+    first = history.first_sequence_with(lambda marks: all(
+        now[name] is None or name not in marks or marks[name] < now[name] - reach[name] for name in reach
+    ))
+    core = engine.core_of(set())
+    replay.run(core, first, last, True, -1)
+    engine.core.take_ids(core)

@@ -1,0 +1,156 @@
+"""Schemas of the event log (control path): what the records of a segment hold, and how the app of today reads them.
+
+A segment begins with one JSON schema per event type and per pipeline. What must stay true: a field whose type changed is
+refused with the difference; an added optional field reads as null or its default, a removed one is passed over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from .._ext.history import EventMapping, ScoreMapping
+from ..errors import LogError
+from ..plan import EventPlan, PipelinePlan, Plan
+from ..timestamp import Timestamp, TimestampUnit
+
+__all__ = ["EventSchema", "ScoreSchema", "event_mapping", "read_schema", "schemas_of", "score_mapping"]
+
+
+class SchemaField(msgspec.Struct, frozen=True):
+    """One field of an event record."""
+
+    name: str
+    type: str
+    optional: bool = False
+
+
+class EventSchema(msgspec.Struct, frozen=True, kw_only=True, tag="event"):
+    """An event type as it was when a segment was begun. `stores`: (entity, key field) of each version in a record."""
+
+    name: str
+    fields: list[SchemaField]
+    time: int
+    event_id: int | None = None
+    stores: list[tuple[str, int]] = []
+
+
+class ScoreSchema(msgspec.Struct, frozen=True, kw_only=True, tag="score"):
+    """A pipeline as it was: the logged slots, and the words behind the numbers of a score record.
+
+    values: (name, type) of each logged slot, the first `n_features` of them features; reads: (view, key field) of each
+    version.
+    """
+
+    pipeline: str
+    event: str
+    fingerprint: str
+    values: list[tuple[str, str]]
+    n_features: int
+    reads: list[tuple[str, int]]
+    actions: list[str]
+    reasons: list[str]
+    failures: list[str]
+    models: list[tuple[str, str]]
+    arms: list[tuple[str, list[str]]]
+
+
+Schema = EventSchema | ScoreSchema
+
+
+def schemas_of(plan: Plan, texts: list[Any]) -> list[bytes]:
+    """The schemas of an app, in the order of their numbers: event types first, then pipelines (`texts` of each)."""
+    found: list[Schema] = []
+    for event in plan.events.values():
+        stores = [(plan.stores[i].entity, plan.stores[i].key) for i in event.stores]
+        found.append(
+            EventSchema(
+                name=event.name,
+                fields=[SchemaField(f.name, f.type, f.optional) for f in event.fields],
+                time=event.time,
+                event_id=event.event_id,
+                stores=stores,
+            )
+        )
+    for pipeline, words in zip(plan.pipelines.values(), texts):
+        logged = [pipeline.slots[i] for i in pipeline.logged]
+        found.append(
+            ScoreSchema(
+                pipeline=pipeline.name,
+                event=pipeline.event,
+                fingerprint=pipeline.fingerprint,
+                values=[(slot.name, slot.type) for slot in logged],
+                n_features=len(pipeline.features),
+                reads=[(read.view, read.key) for read in pipeline.reads],
+                actions=list(words.actions),
+                reasons=list(words.reasons),
+                failures=list(words.failures),
+                models=list(words.models),
+                arms=[(name, list(arms)) for name, arms in zip(words.experiments, words.arms)],
+            )
+        )
+    return [msgspec.json.encode(schema) for schema in found]
+
+
+def read_schema(data: bytes) -> Schema:
+    """A schema from the body of its record. Raises LogError where it is none."""
+    try:
+        return msgspec.json.decode(data, type=Schema)
+    except msgspec.DecodeError as error:
+        raise LogError(f"a schema of the log cannot be read: {error}") from None
+
+
+def event_mapping(schema: EventSchema, event: EventPlan) -> EventMapping:
+    """How records of a schema are read as an event type of today. Raises LogError with every difference."""
+    have = {field.name: (i, field) for i, field in enumerate(schema.fields)}
+    fields: list[int] = []
+    defaults: list[Any] = []
+    problems: list[str] = []
+    for field in event.fields:
+        index, was = have.get(field.name, (-1, None))
+        fields.append(index)
+        defaults.append(_default(field))
+        if was is None:
+            if field.required and not field.optional:
+                problems.append(f"{field.name} was added without a default: the log's older events do not have it")
+        elif was.type != field.type:
+            problems.append(f"{field.name} was {was.type} and is {field.type} now")
+        elif was.optional and not field.optional:
+            problems.append(f"{field.name} could be null and cannot now")
+    if problems:
+        raise LogError(
+            f"event {event.name} has changed in a way that its log cannot be read: {'; '.join(problems)}. "
+            "Give the event type a new name, or undo the change"
+        )
+    return EventMapping(event.index, fields, [f.type for f in event.fields], defaults, len(schema.fields))
+
+
+def _default(field: Any) -> Any:
+    if field.type != "timestamp" or field.default is None:
+        return field.default
+    if isinstance(field.default, int) and not isinstance(field.default, Timestamp) and field.unit is not None:
+        return int(TimestampUnit(field.unit).timestamp(field.default))
+    return int(Timestamp.of(field.default))
+
+
+def score_mapping(schema: ScoreSchema, plan: Plan, pipeline: PipelinePlan | None, models: list[Any]) -> ScoreMapping:
+    """How score records of a schema are compared with a pipeline of today; with None they are passed over.
+
+    models: (name, version) of the pipeline's models, in the order of its decisions' numbers.
+    """
+    if pipeline is None:
+        return ScoreMapping(-1, [-1] * len(schema.values), [0] * len(schema.values), [-1] * len(schema.values), False)
+    slots = pipeline.slot_types
+    key_of: dict[str, int] = {}
+    for read in pipeline.reads:
+        for output in plan.views[read.view].outputs:
+            key_of[output.name] = read.key
+    place, keys = [], []
+    for name, kind in schema.values:
+        index, now = slots.get(name, (-1, ""))
+        place.append(index if now == kind else -1)
+        keys.append(key_of.get(name, -1))
+    same = schema.fingerprint == pipeline.fingerprint and [tuple(m) for m in schema.models] == [tuple(m) for m in models]
+    strings = [int(kind == "string") for _, kind in schema.values]
+    return ScoreMapping(pipeline.index, place, strings, keys, same)

@@ -1,0 +1,93 @@
+"""Types of the event log's writer and of looking at segments."""
+
+from typing import Any, NamedTuple
+
+from .steps import Source
+
+FORMAT: int
+HEAD: int
+
+class LogStats(NamedTuple):
+    position: int
+    synced: int
+    segments: int
+    number: int
+    syncs: int
+    rolls: int
+    waits: int
+    longest_sync_us: int
+    clock_steps: int
+    last_step_us: int
+    error: int
+
+class SegmentHead(NamedTuple):
+    format: int
+    log_id: int
+    number: int
+    first_sequence: int
+    created: int
+    capacity: int
+    whole: bool
+
+class SegmentMark(NamedTuple):
+    synced: int
+    end: int
+    last_sequence: int
+
+class Scan(NamedTuple):
+    end: int
+    stop: str
+    records: int
+    events: int
+    scores: int
+    first_sequence: int | None
+    last_sequence: int | None
+    last_ingest_time: int | None
+
+class Record(NamedTuple):
+    offset: int
+    length: int
+    kind: str
+    schema: int
+    outcome: int
+    sequence: int
+    ingest_time: int
+    versions: tuple[int, ...]
+    body: bytes
+
+class EventLog:
+    log_id: int
+    sync_us: int
+    folder: str
+    def __init__(
+        self,
+        folder: str,
+        log_id: int,
+        number: int,
+        next_sequence: int,
+        segment_bytes: int,
+        sync_us: int,
+        max_age_us: int,
+        prelude: list[bytes],
+        sources: list[Source],
+    ) -> None: ...
+    def close(self) -> None: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def event_fd(self) -> int: ...
+    def roll(self) -> None: ...
+    def wait(self, position: int | None = None) -> None: ...
+    def error_text(self) -> str: ...
+    def stats(self) -> LogStats: ...
+
+def segment_head(data: Any) -> SegmentHead | None: ...
+def segment_mark(data: Any) -> SegmentMark | None: ...
+def scan(data: Any, log_id: int, number: int, start: int = ...) -> Scan: ...
+def resync(data: Any, log_id: int, number: int, start: int) -> int: ...
+def record_at(data: Any, log_id: int, number: int, offset: int) -> Record | None: ...
+def put_record(data: Any, log_id: int, number: int, offset: int, length: int) -> None: ...
+def put_sealed(data: Any, end: int, last_sequence: int) -> None: ...
+def put_head(data: Any, log_id: int, number: int, first_sequence: int, created: int) -> None: ...
