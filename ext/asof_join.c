@@ -875,10 +875,11 @@ typedef struct {
 } wide;
 
 /* Rows are read eight at a time, so that validity is written as bytes. READ takes value `at` of segment `s`. */
-#define GATHER_ROWS(READ, WRITE, IS_NULL)                                                                            \
+#define GATHER_ROWS(AHEAD, READ, WRITE, IS_NULL)                                                                     \
     for (int64_t i = 0; i < n; i += 8) {                                                                              \
         int m = n - i < 8 ? (int)(n - i) : 8;                                                                         \
         unsigned valid = 0;                                                                                           \
+        AHEAD;                                                                                                        \
         for (int j = 0; j < m; j++) {                                                                                 \
             uint32_t row = found[i + j];                                                                              \
             int8_t status = absent_status(row);                                                                       \
@@ -899,6 +900,11 @@ typedef struct {
         nulls += m - __builtin_popcount(valid);                                                                       \
     }
 
+/* Asks for the values of eight rows further on, of which a few may lie in another segment. */
+#define ASK_AHEAD(TYPE)                                                                                              \
+    for (int64_t k = i + LOOK_AHEAD; k < i + LOOK_AHEAD + 8 && i + LOOK_AHEAD + 8 <= n; k++)                          \
+    PREFETCH((const TYPE *)v->segments[hint].values + (int64_t)found[k] - v->segments[hint].first + v->segments[hint].offset)
+
 #define GATHER(NAME, TYPE, IS_NULL)                                                                                  \
     static int64_t NAME(const ps_values *v, const uint32_t *found, int64_t n, TYPE *out, uint8_t *validity,           \
                         int8_t *statuses)                                                                             \
@@ -906,7 +912,7 @@ typedef struct {
         static const TYPE nothing;                                                                                    \
         int64_t nulls = 0, hint = 0;                                                                                  \
         TYPE x = nothing;                                                                                             \
-        GATHER_ROWS(x = ((const TYPE *)s->values)[at], out[i + j] = present ? x : nothing, IS_NULL)                   \
+        GATHER_ROWS(ASK_AHEAD(TYPE), x = ((const TYPE *)s->values)[at], out[i + j] = present ? x : nothing, IS_NULL)  \
         return nulls;                                                                                                 \
     }
 
@@ -922,7 +928,7 @@ static int64_t gather_bits(const ps_values *v, const uint32_t *found, int64_t n,
     int64_t nulls = 0, hint = 0;
     memset(out, 0, (size_t)((n + 7) / 8));
     int x = 0;
-    GATHER_ROWS(x = bit(s->values, at), if (present) out[i >> 3] |= (uint8_t)(x << j), 0)
+    GATHER_ROWS(, x = bit(s->values, at), if (present) out[i >> 3] |= (uint8_t)(x << j), 0)
     return nulls;
 }
 
@@ -958,7 +964,7 @@ int64_t ps_gather_offsets(const ps_values *v, const uint32_t *found, int64_t n, 
     int64_t nulls = 0, hint = 0, total = 0, from = 0, to = 0;
     int damaged = 0;
     offsets[0] = 0;
-    GATHER_ROWS(damaged |= !text_range(s, v->width, at, &from, &to), total += present ? to - from : 0;
+    GATHER_ROWS(, damaged |= !text_range(s, v->width, at, &from, &to), total += present ? to - from : 0;
                 offsets[i + j + 1] = total, 0)
     return damaged ? PS_ASOF_DAMAGED : nulls;
 }
