@@ -642,11 +642,13 @@ def prune(folder: Path, keep: int = 2) -> list[str]:
                 needed |= {name, *(f.path.split("/")[0] for f, _ in files)}
                 complete += 1
     removed = [name for name in names if complete and name not in needed]
-    for name in removed:
-        os.rename(folder / name, folder / (TEMPORARY + name))
+    going = [folder / f"{TEMPORARY}removed-{name}" for name in removed]
+    for name, path in zip(removed, going):
+        os.rename(folder / name, path)
     if removed:
         _sync_folder(folder)
-        _clear(folder)
+    for path in going:
+        shutil.rmtree(path, ignore_errors=True)
     return removed
 
 
