@@ -519,17 +519,21 @@ static void flag_sort(ps_entry *e, int64_t n, ps_entry *room)
         merge_sort(e, n, room);
         return;
     }
-    uint64_t low = UINT64_MAX, high = 0;
-    const uint64_t sign = (uint64_t)1 << 63;
-    for (int64_t i = 0; i < n; i++) {
-        uint64_t at = (uint64_t)e[i].at ^ sign;
-        low = at < low ? at : low;
-        high = at > high ? at : high;
+    int by_row = 0;
+    uint64_t low, high;
+#define PLACE(x) (by_row ? (uint64_t)(x).row : (uint64_t)(x).at ^ (uint64_t)1 << 63)
+    for (;; by_row = 1) { /* rows differ where times do not */
+        low = UINT64_MAX;
+        high = 0;
+        for (int64_t i = 0; i < n; i++) {
+            uint64_t place = PLACE(e[i]);
+            low = place < low ? place : low;
+            high = place > high ? place : high;
+        }
+        if (low != high) break;
     }
-    int by_row = low == high;
-    if (by_row) low = 0, high = UINT32_MAX;
     int bits = 64 - __builtin_clzll(high - low), shift = bits > 8 ? bits - 8 : 0;
-#define DIGIT(x) (((by_row ? (uint64_t)(x).row : ((uint64_t)(x).at ^ sign) - low) >> shift) & 255)
+#define DIGIT(x) ((PLACE(x) - low) >> shift)
     int64_t next[256], end[256], begin = 0;
     memset(end, 0, sizeof end);
     for (int64_t i = 0; i < n; i++) end[DIGIT(e[i])]++;
@@ -548,6 +552,7 @@ static void flag_sort(ps_entry *e, int64_t n, ps_entry *room)
             e[next[d]++] = x;
         }
 #undef DIGIT
+#undef PLACE
     begin = 0;
     for (int d = 0; d < 256; d++) {
         if (end[d] - begin > 1) flag_sort(e + begin, end[d] - begin, room);

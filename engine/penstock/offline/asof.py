@@ -53,7 +53,7 @@ class FeatureTable(msgspec.Struct, frozen=True, eq=False):
     key: the column with the entity's key, strings or integers; `{"column": "spine column"}` where the spine has another
     name for it. `1` and `"1"` are different keys. Rows without a key are skipped.
     time: the column with the time from which on the values hold, the event time. Naive time is UTC (S1).
-    features: the columns to join; left out, all others. NaN is null (S11).
+    features: the columns to join; left out, all others. NaN is null (S11); types stay, but views become large strings.
     ingest_time: the column that says when a row became known, if the table records it (S5, S6).
     ttl: how old a value may be: "7d", a timedelta; 0 <= T - event time <= ttl (S9). None: as old as it likes.
     defaults: column -> value in place of null, whatever the reason.
@@ -516,6 +516,8 @@ class _Column:
         pa = pyarrow()
         self.path = f"{label}.{feature}"
         self.dictionary: Any = None
+        if view := {"string_view": pa.large_string(), "binary_view": pa.large_binary()}.get(str(column.type)):
+            column = column.cast(view)  # Arrow takes no rows of views
         kind = column.type
         if pa.types.is_dictionary(kind):
             column = column.unify_dictionaries()
@@ -604,7 +606,7 @@ class _Column:
         return pa.Array.from_buffers(self.storage, n, buffers, nulls)
 
     def _take(self, found: Rows, codes: npt.NDArray[np.int8] | None) -> Any:
-        """Of types that have no kernel here (lists, structs, views): Arrow's own."""
+        """Of types that have no kernel here (lists, structs): Arrow's own."""
         pa = pyarrow()
         values = self.other.take(pa.array(found, mask=found >= OUTSIDE_MAX_AGE))
         if codes is not None:
