@@ -1128,7 +1128,8 @@ static void give_back(ps_store *S, blob_t *B) {
     }
 }
 
-/* A stale entity gets an event: it starts anew, as it would have had sweep come by before. Its version goes on. */
+/* A stale entity gets an event: it starts anew, as it would have had sweep come by before. Its version goes on. Needed
+ * only where something outlives the windows, and then the ring is short unless sweep has fallen far behind. */
 OFF_PATH static void start_anew(ps_store *S, blob_t *B) {
     blob_t had = *B;
     give_back(S, B);

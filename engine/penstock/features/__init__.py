@@ -15,6 +15,7 @@ Words
     group       the outputs of one view; a read fills one group
     as_of, T    the time a read is as of; the window is T-W < t <= T (closed="right")
     watermark   the largest event time applied; lateness: how far before it events and reads are still admitted
+    stale       an entity whose newest event no admissible read can reach: unknown to reads, whether released yet or not
     version     events ever applied to an entity: what a logged score names as K
     request event  an event that counts in its own features without being applied
 
@@ -26,5 +27,7 @@ Invariants, each a test in tests/ext/test_windows*.py
     eviction leaves no residue: sums are exact integers, rounded once on read
     a refused event, or one without memory, changes nothing
     a copy of the mapping at another address reads, and goes on, in the same way
+    no read tells when sweep ran; what a stale entity held is gone once an event comes again
+    an erased entity leaves nothing behind, and no other entity changes
     events beyond longest window + lateness leave the ring; idle entities are released in small steps; Lifetime stays
 """
