@@ -1,8 +1,8 @@
 /* page_delta.h (control path): which 4 KiB pages of a store's mapping differ from the snapshot before.
  *
  * What must stay true: a page that differs is found. No second copy of the state is kept to compare with, only 16 bytes
- * per page: two hashes, each NH (UMAC; Black, Halevi, Krawczyk, Krovetz, Rogaway 1999) over the page's 512 words under a
- * secret random key, and folded modulo 2^61 - 1. Two given pages that differ have the same NH with probability 2^-64
+ * per page: two hashes, each NH (UMAC; Black, Halevi, Krawczyk, Krovetz, Rogaway 1999) over the page's 512 words under
+ * a secret random key, and folded modulo 2^61 - 1. Two given pages that differ have the same NH with probability 2^-64
  * and the same fold with 2^-61, whatever they hold; the second hash is NH under the Toeplitz shift of the key, which is
  * as good as a key of its own. So a change goes unseen with probability below 2^-121, for any data that was chosen
  * without the key; and a page takes 512 multiplications, as fast as it comes from memory.

@@ -54,7 +54,7 @@ typedef struct {
     uint32_t used, capacity;
 } ps_arena;
 
-typedef uint64_t ps_handle; /* offset of a blob in the mapping; 0 = none; valid until sweep or erase releases the entity */
+typedef uint64_t ps_handle; /* offset of a blob in the mapping; 0 = none; valid until sweep or erase releases it */
 
 typedef struct {
     uint64_t entities;
@@ -161,7 +161,7 @@ typedef struct {
     uint64_t *(*engine_field)(ps_store *, ps_handle);
     /* Memory for one apply of this event: after 0 it does not fail for want of memory. Or an error code, as apply. */
     int (*reserve)(ps_store *, ps_handle, const ps_event *);
-    /* Grow by small pages from now on: steadier, a little slower; large ones suit replay. Loading leaves it in force. */
+    /* Grow by small pages from now on: steadier, a little slower; large ones suit replay. A load leaves it in force. */
     void (*small_pages)(ps_store *);
     /* Forgets one entity altogether: everything it holds is given back and overwritten with zeros. 0: unknown key.
      * (Memory that it gave back before, as its ring grew or slid, is overwritten only as it is used again.) */
