@@ -186,7 +186,9 @@ def _discard(files: Any, path: str) -> None:
 
 def _dataset(data: Any, label: str) -> Any:
     """The pyarrow dataset of a path, URI, list of files or dataset; None for anything else."""
-    pyarrow()
+    pa = pyarrow()
+    if isinstance(data, pa.Table):
+        return None  # without importing what reads files
     from pyarrow import dataset
 
     if isinstance(data, dataset.Dataset):
@@ -198,7 +200,7 @@ def _dataset(data: Any, label: str) -> Any:
     paths = [path for _, path in places]
     try:
         return dataset.dataset(paths if several else paths[0], filesystem=places[0][0], format="parquet")
-    except (OSError, pyarrow().ArrowInvalid) as error:
+    except (OSError, pa.ArrowInvalid) as error:
         raise EventError(label, f"expected Parquet at {data}: {str(error).splitlines()[0]}") from None
 
 
