@@ -14,7 +14,7 @@ from penstock.errors import EngineError, LogError
 
 from penstock._ext.batch cimport BatchRun
 from penstock._ext.core cimport Core
-from penstock._ext.decision cimport Decision, OUTCOME_DUPLICATE, OUTCOME_LATE, Verdict, slot_value
+from penstock._ext.decision cimport Decision, OUTCOME_DUPLICATE, Verdict, slot_value
 from penstock._ext.event_record cimport (
     PS_ERASED, PS_RECORD_EVENT, PS_RECORD_HEAD, PS_RECORD_SCORE, ps_record, ps_record_check, ps_record_slots,
     ps_record_status, ps_record_strings, ps_record_versions, ps_score,
@@ -258,7 +258,7 @@ cdef class HistoryRun(BatchRun):
                         self.scores += 1
                         if (r.schema < n_mappings and kinds[r.schema] != NULL and not is_event[r.schema]
                                 and (self.want == 2 or self.restore_ids)):
-                            if self.want == 2 and self.written + self.n_pending >= self.capacity:
+                            if self.want == 2 and self.capacity and self.written + self.n_pending >= self.capacity:
                                 full = True
                                 self.scores -= 1
                                 break

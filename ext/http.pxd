@@ -51,6 +51,8 @@ cdef class HttpServer:
         object             not_found
         object             event_error
         object             log
+        public object      event_log      # with `fsync always`: answers leave when its sync is done
+        readonly uint64_t  unsynced       # answers that were not sent because the disk failed
         dict               errors
         Route              unmatched
 

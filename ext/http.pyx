@@ -22,6 +22,8 @@ import traceback
 import httptools
 import msgspec
 
+from penstock.errors import LogError
+
 cdef extern from "http_head.h" nogil:
     ctypedef struct ps_http_fields:
         int64_t content_length
@@ -293,8 +295,21 @@ cdef class HttpServer:
         cdef Connection c
         cdef Py_ssize_t i
         cdef size_t start = 0
+        cdef bint lost = False
+        if self.event_log is not None and len(waiting):
+            # One sync for all that arrived together. What cannot be kept is not acknowledged.
+            try:
+                self.event_log.wait()
+            except LogError as error:
+                self.unsynced += len(waiting)
+                lost = True
+                print(f"penstock: {error}", file=sys.stderr, flush=True)
         for i in range(len(waiting)):
             c = <Connection>waiting[i]
+            if lost:
+                if c.transport is not None:
+                    c.transport.abort()
+                continue
             c.send(self.out + start, self.ends[i] - start)
             start = self.ends[i]
         waiting.clear()
@@ -873,6 +888,8 @@ cdef class Connection:
             return self.refuse(head, 400, "malformed_json", str(error), "$", NOTHING)
         if isinstance(error, UnicodeError):
             return self.refuse(head, 400, "invalid_utf8", f"body: not UTF-8: {error.reason}", "$", NOTHING)
+        if isinstance(error, LogError):
+            return self.refuse(head, 503, "log_refused", str(error), None, NOTHING)
         if isinstance(error, RecursionError):
             return self.refuse(head, 400, "too_deep", "body: nested too deeply", "$", NOTHING)
         if self.server.log is not None:

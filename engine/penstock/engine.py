@@ -33,11 +33,13 @@ from .timestamp import Timestamp
 
 if TYPE_CHECKING:
     from .offline.log_folder import LogFolder
-    from .offline.recovery import LogOptions, RecoveryReport
+    from .offline.options import LogOptions
+    from .offline.recovery import RecoveryReport
 
 __all__ = ["Engine", "FeatureRows"]
 
 Progress = Callable[[int], None]
+Done = Callable[[int, int], None]
 
 
 class FeatureRows(msgspec.Struct, frozen=True):
@@ -56,7 +58,9 @@ class Engine:
     models: the model folder, `DIR/<name>/<version>/model.{onnx,txt,json,ubj}`; needed where a pipeline has models.
     clock: "wall" (ingest time is wall time) or "event" (it is the event's own time: replay of history).
     log: a folder for the event log: what it holds is recovered first, then every accepted event is in it before it is
-    acknowledged. log_options: how it is kept. progress: told of events replayed while recovering.
+    acknowledged. log_options: how it is kept. progress: told (done, of how many) events while recovering.
+
+    features_only: without models and rules, and so without a model folder (history is replayed for its features).
 
     Raises DefinitionError, with every problem and its place, where the app or a model does not fit.
     """
@@ -69,12 +73,14 @@ class Engine:
         clock: str = "wall",
         log: str | Path | None = None,
         log_options: LogOptions | None = None,
-        progress: Progress | None = None,
+        progress: Done | None = None,
+        features_only: bool = False,
     ) -> None:
         if clock not in ("wall", "event"):
             raise ValueError(f'clock: expected "wall" or "event", got {clock!r}')
         self.plan: Plan = app if isinstance(app, Plan) else load_plan(app)
         self.clock = clock
+        self.features_only = features_only
         self.models_folder = None if models is None else Path(models)
         self._runtimes: dict[tuple[Any, ...], tuple[Runtime, str, str]] = {}
         self._keys: dict[str, set[int]] = {name: set() for name in self.plan.events}
@@ -106,10 +112,11 @@ class Engine:
 
     # the event log
 
-    def _open_log(self, log: str | Path, options: LogOptions | None, progress: Progress | None) -> None:
+    def _open_log(self, log: str | Path, options: LogOptions | None, progress: Done | None) -> None:
         from .offline.keeper import start_keeper
         from .offline.log_folder import LogFolder
-        from .offline.recovery import LogOptions, open_log
+        from .offline.options import LogOptions
+        from .offline.recovery import open_log
 
         options = options if options is not None else LogOptions()
         folder = LogFolder(log, write=True)
@@ -145,7 +152,7 @@ class Engine:
     def core_of(self, fingerprints: set[int]) -> Core:
         """A core that applies events to these layouts alone, on the engine's own state (recovery)."""
         sources = [self._source(event, fingerprints) for event in self.plan.events.values()]
-        return Core(sources, [], self.stores, self._constants, True)
+        return Core(sources, self.core.pipes, self.stores, self._constants, True)
 
     # scoring
 
@@ -362,7 +369,7 @@ class Engine:
                 actions.append(action)
         problems: list[str] = []
         bound = []
-        for step in plan.models:
+        for step in [] if self.features_only else plan.models:
             try:
                 bound.append(self._bind(plan, step))
             except (DefinitionError, ValueError, PenstockError) as error:
@@ -430,10 +437,11 @@ class Engine:
                     step.decides,
                     not getattr(runtime, "row_exact", runtime.kind == "trees"),
                 )
-                for step, (runtime, inputs, output, name, version) in zip(plan.models, bound)
+                for step, (runtime, inputs, output, name, version) in zip(plan.models if bound else [], bound)
             ]
         )
-        pipe.add_rules([(step.expression.program, actions.index(step.rule.action)) for step in plan.rules])
+        rules = [] if self.features_only else plan.rules
+        pipe.add_rules([(step.expression.program, actions.index(step.rule.action)) for step in rules])
         return pipe
 
     def _function(self, step: Any) -> tuple[Any, ...]:

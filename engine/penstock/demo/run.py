@@ -29,7 +29,7 @@ from penstock.demo.generator import (
     TRANSACTIONS_EXPECTED,
     Transactions,
 )
-from penstock.demo.report import Progress, fact, heading, say, table, verdict
+from penstock.terminal import Progress, fact, heading, say, table, verdict
 
 if TYPE_CHECKING:
     from penstock.demo.replays import History

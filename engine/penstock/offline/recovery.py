@@ -20,40 +20,15 @@ from ..features.layouts import describe_layouts
 from ..features.snapshot import LoadedSnapshot, load_snapshot
 from .history import History
 from .log_folder import Damage, LogFolder, write_whole
+from .options import LogOptions, parse_sync
 from .schemas import EventSchema, event_mapping, schemas_of, score_mapping
 
 if TYPE_CHECKING:
     from ..engine import Engine
 
-__all__ = ["LogOptions", "RecoveryReport", "mappings_of", "open_log", "parse_sync"]
+__all__ = ["LogOptions", "RecoveryReport", "mappings_of", "open_log", "recover_state"]
 
-Progress = Callable[[int], None]
-
-SEGMENT_BYTES = 64 << 20
-
-
-class LogOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How an engine keeps its log.
-
-    sync: "always" (a call returns when its event is on disk; calls that arrive together share a sync), "10ms" or any
-    length (calls do not wait; a power cut loses at most that much), "never" (the kernel decides).
-    scores: share of the entities, by key hash, whose scores are logged: 1.0 all, 0 none.
-    start_cold: layouts that no snapshot holds start empty instead of being rebuilt from history.
-    segment_bytes: size of a log file. segment_seconds: a file is closed after so long although it is not full.
-    keeper: a child process takes snapshots and compacts while the engine runs.
-    snapshot_bytes: of log between two snapshots.
-    """
-
-    sync: str = "10ms"
-    scores: float = 1.0
-    start_cold: bool = False
-    segment_bytes: int = SEGMENT_BYTES
-    segment_seconds: float = 3600.0
-    keeper: bool = True
-    snapshot_bytes: int = 256 << 20
-    parquet: str | None = None
-    retention: str | None = None
-
+Progress = Callable[[int, int], None]
 
 class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
     """What opening a log found and did. seconds: of the whole; events: replayed from the log's tail; rebuilt: layouts
@@ -90,23 +65,6 @@ class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
 
-def parse_sync(text: str) -> int:
-    """Microseconds between syncs; 0 for "always", -1 for "never". Raises ValueError."""
-    from ..definitions.durations import duration_us
-
-    if text == "always":
-        return 0
-    if text == "never":
-        return -1
-    try:
-        us = duration_us(text)
-    except ValueError:
-        us = 0
-    if not 1000 <= us <= 60_000_000:
-        raise ValueError(f'sync: expected "always", "never" or a length from 1ms to 60s such as "10ms", got {text!r}')
-    return us
-
-
 def mappings_of(engine: Engine, schemas: list[Any], pipelines: bool = True) -> list[Any]:
     """Per schema number of a segment how the engine's app reads its records; None where it has no such type."""
     found: list[Any] = []
@@ -116,8 +74,10 @@ def mappings_of(engine: Engine, schemas: list[Any], pipelines: bool = True) -> l
             found.append(None if event is None else event_mapping(schema, event))
         elif pipelines:
             plan = engine.plan.pipelines.get(schema.pipeline)
-            words = engine.core.pipes[plan.index].decision_texts if plan is not None else None
-            found.append(score_mapping(schema, engine.plan, plan, list(words.models) if words is not None else []))
+            models = None
+            if plan is not None and not engine.features_only:
+                models = list(engine.core.pipes[plan.index].decision_texts.models)
+            found.append(score_mapping(schema, engine.plan, plan, models))
         else:
             found.append(None)
     return found
@@ -130,10 +90,16 @@ class _Replay:
         self.engine = engine
         self.history = history
         self.progress = progress
+        self.done = self.total = 0
+
+    def _more(self, events: int) -> None:
+        self.done += events
+        if self.progress is not None:
+            self.progress(self.done, max(self.done, self.total))
 
     def run(self, core: Core, first: int, last: int | None, ids: bool, expected: int) -> dict[str, Any]:
         """Events `first` to `last` (None: to the end). expected: the first sequence there must be; -1: any."""
-        run = HistoryRun(core, [], None, [], -1, True, None, self.progress, rows="none", next_sequence=expected, ids=ids)
+        run = HistoryRun(core, [], None, [], -1, True, None, self._more, rows="none", next_sequence=expected, ids=ids)
         until = last if last is not None else 1 << 62
         for piece in self.history.pieces(first, until):
             mappings = mappings_of(self.engine, piece.schemas)
@@ -196,6 +162,9 @@ def recover_state(
         rebuilt=[],
         cold=[],
     )
+    replay.total = history.last_sequence - at
+    if missing and not start_cold and position is not None:
+        replay.total += at + 1
     marks: dict[str, int] = dict(position.watermarks) if position is not None else {}
     if missing and start_cold:
         found.cold = [names[f] for f in missing] if history.last_sequence >= 0 else []

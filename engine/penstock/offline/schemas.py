@@ -134,10 +134,10 @@ def _default(field: Any) -> Any:
     return int(Timestamp.of(field.default))
 
 
-def score_mapping(schema: ScoreSchema, plan: Plan, pipeline: PipelinePlan | None, models: list[Any]) -> ScoreMapping:
+def score_mapping(schema: ScoreSchema, plan: Plan, pipeline: PipelinePlan | None, models: list[Any] | None) -> ScoreMapping:
     """How score records of a schema are compared with a pipeline of today; with None they are passed over.
 
-    models: (name, version) of the pipeline's models, in the order of its decisions' numbers.
+    models: (name, version) of the pipeline's models, in the order of its decisions' numbers; None: they do not run.
     """
     if pipeline is None:
         return ScoreMapping(-1, [-1] * len(schema.values), [0] * len(schema.values), [-1] * len(schema.values), False)
@@ -149,8 +149,11 @@ def score_mapping(schema: ScoreSchema, plan: Plan, pipeline: PipelinePlan | None
     place, keys = [], []
     for name, kind in schema.values:
         index, now = slots.get(name, (-1, ""))
+        if models is None and index >= 0 and pipeline.slots[index].kind == "score":
+            index = -1
         place.append(index if now == kind else -1)
         keys.append(key_of.get(name, -1))
-    same = schema.fingerprint == pipeline.fingerprint and [tuple(m) for m in schema.models] == [tuple(m) for m in models]
+    same = schema.fingerprint == pipeline.fingerprint and models is not None
+    same = same and [tuple(m) for m in schema.models] == [tuple(m) for m in models or []]
     strings = [int(kind == "string") for _, kind in schema.values]
     return ScoreMapping(pipeline.index, place, strings, keys, same)

@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from ..errors import PenstockError
+from ..offline.options import parse_retention, parse_sync
 
 __all__ = ["ConfigError", "ServerConfig", "load_config", "parse_flags"]
 
@@ -35,6 +36,15 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     models: Annotated[str | None, Meta(description="model folder: DIR/<name>/<version>/model.*")] = None
+    log: Annotated[str | None, Meta(description="folder of the event log; without one a restart starts empty")] = None
+    log_sync: Annotated[
+        str, Meta(description="always: an answer waits for its sync; 10ms: a power cut loses at most that; never")
+    ] = "10ms"
+    log_scores: Annotated[float, Meta(ge=0, le=1, description="share of the keys whose scores are logged")] = 1.0
+    log_parquet: Annotated[str | None, Meta(description="where history is kept as Parquet: a folder or s3://...")] = None
+    log_retention: Annotated[str | None, Meta(description="how long history is kept, for example 90d; for ever")] = None
+    snapshot_bytes: Annotated[int, Meta(ge=1 << 20, description="of log between two snapshots of state")] = 256 << 20
+    start_cold: Annotated[bool, Meta(description="start layouts that changed empty, not rebuilt from the log")] = False
     max_body: Annotated[int, Meta(ge=1, le=1 << 30, description="largest request body, bytes")] = 1 << 20
     max_head: Annotated[int, Meta(ge=256, le=1 << 20, description="largest request head, bytes")] = 16384
     max_connections: Annotated[int, Meta(ge=1, description="open connections; more are answered 503")] = 10000
@@ -76,7 +86,17 @@ def load_config(
         except msgspec.ValidationError as error:
             message = str(error).partition(" - at `")[0].partition(", got ")[0]
             raise ConfigError(f"{place[name]}: {message}, got {value!r}") from None
-    return msgspec.convert(merged, ServerConfig, strict=False)
+    config = msgspec.convert(merged, ServerConfig, strict=False)
+    for name, check in (("log_sync", parse_sync), ("log_retention", parse_retention)):
+        try:
+            check(getattr(config, name))
+        except ValueError as error:
+            raise ConfigError(f"{place[name]}: {error}") from None
+    if config.log is None:
+        for name in merged:
+            if name.startswith("log_") or name in ("start_cold", "snapshot_bytes"):
+                raise ConfigError(f"{place[name]}: there is no log; say --log DIR")
+    return config
 
 
 def parse_flags(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -97,6 +117,10 @@ def parse_flags(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
         if isinstance(kind, types.UnionType):
             kind = typing.get_args(kind)[0]
         default = "" if field.default is None else f" (default {field.default})"
+        if kind is bool:
+            flag = "--" + field.name.replace("_", "-")
+            parser.add_argument(flag, dest=field.name, action="store_const", const="true", help=meta.description)
+            continue
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
             dest=field.name,

@@ -48,8 +48,12 @@ def run(app: App | Engine, config: ServerConfig) -> int:
         engine = _engine(app, config)
         import uvloop
 
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(engine, config, listener))
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                return runner.run(_serve(engine, config, listener))
+        finally:
+            if not isinstance(app, type(engine)):
+                engine.close()
     finally:
         listener.close()
 
@@ -81,7 +85,25 @@ def _engine(app: App | Engine, config: ServerConfig) -> Engine:
 
     if isinstance(app, Engine):
         return app
-    return Engine(app, models=config.models)
+    if config.log is None:
+        return Engine(app, models=config.models)
+    from ..offline.options import LogOptions
+    from ..terminal import Progress
+
+    options = LogOptions(
+        sync=config.log_sync,
+        scores=config.log_scores,
+        start_cold=config.start_cold,
+        snapshot_bytes=config.snapshot_bytes,
+        parquet=config.log_parquet,
+        retention=config.log_retention,
+    )
+    with Progress(f"recovering {config.log}") as progress:
+        engine = Engine(app, models=config.models, log=config.log, log_options=options, progress=progress)
+    if engine.recovery is not None:
+        for line in engine.recovery.lines():
+            print(f"penstock: {line}", file=sys.stderr, flush=True)
+    return engine
 
 
 async def _serve(engine: Engine, config: ServerConfig, listener: socket.socket) -> int:
@@ -104,13 +126,17 @@ async def _serve(engine: Engine, config: ServerConfig, listener: socket.socket) 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     engine.core.prefer_latency()
+    log = engine.core.log
+    if log is not None and log.sync_us == 0:
+        engine.core.leave_waiting_to_caller()
+        server.event_log = log
     gc.collect()
     gc.freeze()
     acceptor = await loop.create_server(server, sock=listener, backlog=BACKLOG)
     state["ready"] = True
     _announce(engine.plan, config, listener)
     period = min(0.5, config.head_timeout / 4, config.body_timeout / 4, config.idle_timeout / 4)
-    sweeper = asyncio.ensure_future(_sweep(server, period))
+    sweeper = asyncio.ensure_future(_sweep(server, period, engine))
     try:
         await stopping.wait()
         # What the kernel accepted for us before the signal is ours: take it before the listener goes.
@@ -125,10 +151,18 @@ async def _serve(engine: Engine, config: ServerConfig, listener: socket.socket) 
     return 0
 
 
-async def _sweep(server: HttpServer, period: float) -> None:
+async def _sweep(server: HttpServer, period: float, engine: Engine) -> None:
+    steps = 0
     while True:
         await asyncio.sleep(period)
         server.sweep()
+        if engine.core.log is None:
+            continue
+        stats = engine.core.log.stats()
+        if stats.clock_steps != steps:
+            steps = stats.clock_steps
+            seconds = stats.last_step_us / 1e6
+            print(f"penstock: warning: the clock was set by {seconds:+.1f} s", file=sys.stderr, flush=True)
 
 
 async def _drain(server: HttpServer, timeout: float) -> None:

@@ -1,4 +1,4 @@
-"""How the demo speaks: headings and aligned tables on stdout, progress on stderr (control path).
+"""How the command line speaks: headings and aligned tables on stdout, progress on stderr (control path).
 
 What must stay true: without a terminal the output is plain text without control characters.
 """

@@ -4,11 +4,11 @@ import io
 
 import pytest
 
-from penstock.demo import report
+from penstock import terminal
 
 
 def test_table_aligns() -> None:
-    assert report.table(["arm", "frauds"], [["xgb", "1"], ["logistic", "1,234"]]).split("\n") == [
+    assert terminal.table(["arm", "frauds"], [["xgb", "1"], ["logistic", "1,234"]]).split("\n") == [
         "arm       frauds",
         "--------  ------",
         "xgb            1",
@@ -17,10 +17,10 @@ def test_table_aligns() -> None:
 
 
 def test_without_a_terminal_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    report.heading(1, "Title")
-    report.fact("rows", "12", report.verdict(True))
-    report.say(report.verdict(False))
-    with report.Progress("working") as progress:
+    terminal.heading(1, "Title")
+    terminal.fact("rows", "12", terminal.verdict(True))
+    terminal.say(terminal.verdict(False))
+    with terminal.Progress("working") as progress:
         progress(1, 2)
         progress.note("half")
         progress(2, 2)
@@ -38,10 +38,10 @@ class Terminal(io.StringIO):
 
 def test_on_a_terminal_a_bar_that_clears_itself() -> None:
     stream = Terminal()
-    with report.Progress("working", stream) as progress:
+    with terminal.Progress("working", stream) as progress:
         progress(5, 10)
         progress(10, 10)
     drawn = stream.getvalue().split("\r\033[K")
     assert any("50%" in text for text in drawn)
-    assert any("[" + "#" * report.BAR + "] 100%" in text for text in drawn)
+    assert any("[" + "#" * terminal.BAR + "] 100%" in text for text in drawn)
     assert drawn[-1] == ""

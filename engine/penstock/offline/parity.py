@@ -1,0 +1,244 @@
+"""Parity (control path): every logged score's features computed anew from the log at its own (T, K), and compared.
+
+What must stay true: equal means the same bits and the same status; a report that says "equal" has compared every row it
+counts; what could not be compared is counted apart, never as equal and never as a mismatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .._ext.decision import STATUSES
+from .._ext.history import HistoryRun
+from ..app import App, load_plan
+from ..engine import Engine
+from ..errors import LogError
+from ..terminal import table
+from ..timestamp import Timestamp
+from .history import History
+from .log_folder import LogFolder
+from .recovery import mappings_of
+from .schemas import ScoreSchema
+
+__all__ = ["FeatureParity", "Mismatch", "ParityReport", "PipelineParity", "parity"]
+
+Done = Callable[[int, int], None]
+
+
+class Mismatch(msgspec.Struct, frozen=True, kw_only=True):
+    """One value that differs: which decision, as of when, what was served and what the log gives."""
+
+    decision: str
+    sequence: int
+    as_of: str
+    served: Any
+    served_status: str
+    computed: Any
+    computed_status: str
+
+
+class FeatureParity(msgspec.Struct, kw_only=True):
+    """One feature over all logged scores. missing: rows logged without it, which the app has now; extra: rows logged
+    with it, which the app has no more; erased: rows of an entity that was erased on request."""
+
+    name: str
+    compared: int = 0
+    equal: int = 0
+    mismatched: int = 0
+    missing: int = 0
+    extra: int = 0
+    erased: int = 0
+    examples: list[Mismatch] = []
+
+
+class PipelineParity(msgspec.Struct, kw_only=True):
+    """One pipeline: its logged scores, its features, and its decisions where models were given."""
+
+    name: str
+    scores: int
+    features: list[FeatureParity]
+    decisions: FeatureParity | None
+    other_plans: int = 0
+    not_found: int = 0
+
+
+class ParityReport(msgspec.Struct, kw_only=True):
+    """What was compared. ok: not one value differs."""
+
+    log: str
+    events: int
+    pipelines: list[PipelineParity]
+    history_begins: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return not any(f.mismatched for p in self.pipelines for f in [*p.features, *([p.decisions] if p.decisions else [])])
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for pipeline in self.pipelines:
+            lines.append(f"pipeline {pipeline.name}: {pipeline.scores:,} logged scores, {self.events:,} events")
+            rows = [*pipeline.features, *([pipeline.decisions] if pipeline.decisions else [])]
+            header = ["feature", "compared", "equal", "mismatched", "missing", "extra", "erased"]
+            lines.append(
+                table(
+                    header,
+                    [
+                        [f.name, *(f"{n:,}" for n in (f.compared, f.equal, f.mismatched, f.missing, f.extra, f.erased))]
+                        for f in rows
+                    ],
+                )
+            )
+            for feature in rows:
+                for m in feature.examples[:3]:
+                    lines.append(
+                        f"  {feature.name}: decision {m.decision} as of {m.as_of}: served {m.served!r} "
+                        f"({m.served_status}), the log gives {m.computed!r} ({m.computed_status})"
+                    )
+            if pipeline.other_plans:
+                lines.append(
+                    f"  {pipeline.other_plans:,} scores were made by another version of the pipeline or its models: "
+                    "their features are compared by name, their decisions are not"
+                )
+            if pipeline.decisions is None:
+                lines.append("  decisions were not compared: they need the same pipeline and its model folder")
+            if pipeline.not_found:
+                lines.append(f"  {pipeline.not_found:,} scores whose event history no longer holds")
+            lines.append("")
+        if self.history_begins:
+            lines.append(f"history begins at event {self.history_begins:,}: windows that reach further back may differ")
+        lines.append("equal, bit for bit" if self.ok else "MISMATCH: training would not see what serving saw")
+        return "\n".join(lines)
+
+
+def parity(
+    app: App,
+    log: str | Path,
+    *,
+    models: str | Path | None = None,
+    pipelines: list[str] | None = None,
+    progress: Done | None = None,
+) -> ParityReport:
+    """Compute every logged score's features (with `models` also its decision) anew from the log, and compare.
+
+    The folder may be in use by a server. Raises LogError where history cannot be read, DefinitionError for a wrong app.
+    """
+    history = History(LogFolder(log))
+    history.check()
+    found: list[PipelineParity] = []
+    first = _engine(app, models)
+    names = pipelines if pipelines is not None else list(first.plan.pipelines)
+    events = 0
+    passes = 0
+    for name in names:
+        engine = first if not passes else _engine(app, models)
+        if name not in engine.plan.pipelines:
+            raise LogError(f"no pipeline {name!r} in the app")
+        plan = engine.plan.pipelines[name]
+        run = HistoryRun(
+            engine.core,
+            [],
+            None,
+            [],
+            plan.index,
+            True,
+            None,
+            None,
+            rows="scores",
+            next_sequence=max(0, history.first_sequence),
+        )
+        keep: list[Any] = []
+        schemas: dict[int, ScoreSchema] = {}
+        for piece in history.pieces(0, 1 << 62):
+            mappings = _score_mappings(engine, piece.schemas, plan.name, schemas)
+            keep.append(mappings)
+            reached, why = run.feed(piece.data, piece.log_id, piece.number, piece.start, piece.end, mappings)
+            if why == "stopped":
+                raise LogError(f"{piece.path} at offset {reached}: a record does not check")
+            if progress is not None:
+                done = passes * (history.last_sequence + 1) + run.totals["events"]
+                progress(done, len(names) * (history.last_sequence + 1))
+        run.done()
+        totals = run.totals
+        events = totals["events"]
+        found.append(_tally(engine, plan, run, schemas, totals["orphans"]))
+        passes += 1
+    return ParityReport(log=str(log), events=events, pipelines=found, history_begins=max(0, history.first_sequence))
+
+
+def _engine(app: App, models: str | Path | None) -> Engine:
+    """An engine for replay; without a model folder an app that has models is replayed for its features."""
+    plan = load_plan(app)
+    has_models = any(pipeline.models for pipeline in plan.pipelines.values())
+    return Engine(plan, models=models, clock="event", features_only=has_models and models is None)
+
+
+def _score_mappings(
+    engine: Engine, schemas: list[Any], pipeline: str, seen: dict[int, ScoreSchema]
+) -> list[Any]:
+    """Mappings of a piece; only one pipeline's scores are compared."""
+    mappings = mappings_of(engine, schemas)
+    for i, schema in enumerate(schemas):
+        if isinstance(schema, ScoreSchema):
+            if schema.pipeline != pipeline:
+                mappings[i] = None
+            else:
+                seen[id(mappings[i])] = schema
+    return mappings
+
+
+def _tally(engine: Engine, plan: Any, run: HistoryRun, schemas: dict[int, ScoreSchema], orphans: int) -> PipelineParity:
+    """Counts of every schema added up by feature name."""
+    features = [plan.slots[i].name for i in plan.features]
+    by_name: dict[str, FeatureParity] = {name: FeatureParity(name=name, examples=[]) for name in features}
+    decisions = FeatureParity(name="(decision)", examples=[])
+    scores = other = 0
+    for mapping, rows, _, counts, decision_counts, examples in run.tallies:
+        schema = schemas[id(mapping)]
+        scores += rows
+        if schema.fingerprint != plan.fingerprint or (not mapping.same_plan and not engine.features_only):
+            other += rows
+        if mapping.same_plan:
+            decisions.compared += decision_counts[0]
+            decisions.equal += decision_counts[1]
+            decisions.mismatched += decision_counts[2]
+            decisions.erased += decision_counts[3]
+        logged = [name for name, _ in schema.values]
+        for (name, _), (compared, equal, mismatched, erased) in zip(schema.values, counts):
+            if name.startswith("score.") and compared == 0:
+                continue
+            feature = by_name.setdefault(name, FeatureParity(name=name, examples=[]))
+            feature.compared += compared
+            feature.equal += equal
+            feature.mismatched += mismatched
+            feature.erased += erased
+            if compared == 0:
+                feature.extra += rows
+        for name in features:
+            if name not in logged:
+                by_name[name].missing += rows
+        for index, sequence, decision, as_of, served, served_status, computed, computed_status in examples:
+            feature = decisions if index < 0 else by_name[logged[index]]
+            feature.examples.append(
+                Mismatch(
+                    decision=decision,
+                    sequence=sequence,
+                    as_of=Timestamp(as_of).isoformat(),
+                    served=served,
+                    served_status=STATUSES[served_status] if index >= 0 else "decision",
+                    computed=computed,
+                    computed_status=STATUSES[computed_status] if index >= 0 else "decision",
+                )
+            )
+    return PipelineParity(
+        name=plan.name,
+        scores=scores,
+        features=list(by_name.values()),
+        decisions=decisions if decisions.compared else None,
+        other_plans=other,
+        not_found=orphans,
+    )
