@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -21,13 +22,14 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-enum { AHEAD = 4 << 20, TICK_US = 10000, RETRY_US = 500000, STEP_US = 1000000, NAME = 64 };
+enum { AHEAD = 4 << 20, PIECE = 256 << 10, TICK_US = 10000, RETRY_US = 500000, STEP_US = 1000000, NAME = 64 };
 
 typedef struct segment {
     struct segment *next;
     char *base;
     uint64_t capacity, at, number, before; /* before: position of its offset 0 */
-    uint64_t touched;                      /* offset up to which pages are there for writing */
+    uint64_t touched;                      /* offset up to which pages are there for writing; the thread's */
+    uint64_t synced;                       /* offset up to which it is on disk; the thread's */
     int64_t first_sequence;
     int fd;
     uint64_t turn;
@@ -40,8 +42,8 @@ struct ps_log {
     segment *shell; /* the struct for the next segment: no malloc while scoring */
     int64_t next_sequence; /* of the next event: one more than the last event's */
     uint64_t log_id, segment_bytes;
-    int events;     /* the current segment holds an event */
-    int64_t opened_us; /* monotonic time at which the current segment got its first event */
+    int used;       /* atomic: the current segment holds an event or a score */
+    int64_t opened_us; /* atomic: monotonic time at which it got the first one */
     char *prelude;  /* bodies of the schema records, one after the other */
     uint32_t *prelude_bytes;
     int n_prelude;
@@ -50,16 +52,17 @@ struct ps_log {
     /* shared */
     uint64_t position;     /* atomic: written by the writer */
     uint64_t synced;       /* atomic: written by the thread */
-    int error, roll;       /* atomic */
+    int error, roll;       /* atomic; error: the disk failed, for good */
+    int refused;           /* atomic: why the last reserve was refused; 0 once one was granted in a new segment */
     pthread_mutex_t lock;
-    pthread_cond_t wake, done;
+    pthread_cond_t wake, done, made;
     segment *sealing, *sealing_end; /* left by the writer for the thread */
     int spare_fd;          /* -1: none yet */
     char *spare_base;
-    int spare_error;
-    uint64_t spare_capacity;
+    int making;            /* somebody makes the spare, without the lock */
+    int spare_error;       /* why there is none */
     uint64_t wanted;       /* a waiter wants this position on disk */
-    int stop, folder_changed;
+    int stop, stopped, folder_changed;
     /* the thread's */
     pthread_t thread;
     int64_t sync_us, max_age_us;
@@ -106,10 +109,16 @@ static void put_mark(segment *s, uint64_t synced, uint64_t end) {
     ps_segment_put_mark(s->base, ++s->turn, synced, end, s->last_sequence);
 }
 
+/* The disk failed: nothing more is taken, and whoever waits is told. */
 static void fail(ps_log *L, int error) {
     int none = 0;
+    pthread_mutex_lock(&L->lock);
     __atomic_compare_exchange_n(&L->error, &none, error, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    pthread_cond_broadcast(&L->done);
+    pthread_mutex_unlock(&L->lock);
 }
+
+static int failed(const ps_log *L) { return __atomic_load_n(&L->error, __ATOMIC_ACQUIRE); }
 
 /* ---- segments -------------------------------------------------------------------------------------------------- */
 
@@ -119,7 +128,9 @@ static void spare_name(const ps_log *L, char *out) { snprintf(out, NAME, "spare-
 static int allocate(ps_log *L, const char *name, int *fd, char **base) {
     *fd = openat(L->dir, name, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     if (*fd < 0) return errno;
-    int error = posix_fallocate(*fd, 0, (off_t)L->segment_bytes);
+    int error;
+    do error = posix_fallocate(*fd, 0, (off_t)L->segment_bytes); /* a signal ends it early */
+    while (error == EINTR);
     if (!error) {
         *base = mmap(NULL, L->segment_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
         if (*base == MAP_FAILED) error = errno;
@@ -186,6 +197,27 @@ static uint64_t prelude_size(const ps_log *L) {
     return bytes;
 }
 
+/* A spare, made without the lock, which the caller holds; by one thread at a time. 0 or an errno. */
+static int make_spare(ps_log *L) {
+    while (L->making) pthread_cond_wait(&L->made, &L->lock);
+    if (L->spare_fd >= 0) return 0;
+    char name[NAME], *base = NULL;
+    int fd;
+    spare_name(L, name);
+    L->making = 1;
+    pthread_mutex_unlock(&L->lock);
+    int error = allocate(L, name, &fd, &base);
+    pthread_mutex_lock(&L->lock);
+    L->making = 0;
+    L->spare_error = error;
+    if (!error) {
+        L->spare_fd = fd;
+        L->spare_base = base;
+    }
+    pthread_cond_broadcast(&L->made);
+    return error;
+}
+
 /* Makes the spare the current segment; makes a spare first where the thread has not. 0 or an errno; on failure nothing
  * has changed. */
 static int begin_segment(ps_log *L, uint64_t number) {
@@ -197,8 +229,7 @@ static int begin_segment(ps_log *L, uint64_t number) {
     if (!L->shell) error = ENOMEM;
     else if (L->spare_fd < 0) {
         L->waits++;
-        error = allocate(L, from, &L->spare_fd, &L->spare_base);
-        L->spare_error = error;
+        error = make_spare(L);
     }
     if (!error) {
         snprintf(to, sizeof to, "%012llu.log", (unsigned long long)number);
@@ -229,7 +260,7 @@ static int begin_segment(ps_log *L, uint64_t number) {
             write_prelude(L, s);
             s->touched = s->at;
             __atomic_store_n(&L->position, s->before + s->at, __ATOMIC_RELEASE);
-            L->events = 0;
+            __atomic_store_n(&L->used, 0, __ATOMIC_RELEASE);
             __atomic_store_n(&L->roll, 0, __ATOMIC_RELAXED);
         }
     }
@@ -240,15 +271,21 @@ static int begin_segment(ps_log *L, uint64_t number) {
 
 /* ---- the writer ------------------------------------------------------------------------------------------------ */
 
+static ps_record *refuse(ps_log *L, int error) {
+    __atomic_store_n(&L->refused, error, __ATOMIC_RELAXED);
+    return NULL;
+}
+
 static ps_record *log_reserve(ps_log *L, uint32_t bytes, uint32_t more) {
     segment *s = L->current;
-    if (__builtin_expect(L->error != 0, 0)) return NULL;
-    if (__builtin_expect(s->at + bytes + more > s->capacity || (L->roll && L->events), 0)) {
-        if (bytes > PS_RECORD_MOST || prelude_size(L) + bytes + more > L->segment_bytes) {
-            L->spare_error = EMSGSIZE;
-            return NULL;
-        }
-        if (begin_segment(L, s->number + 1)) return NULL;
+    if (__builtin_expect(failed(L), 0)) return NULL;
+    if (__builtin_expect(bytes > PS_RECORD_MOST, 0)) return refuse(L, EMSGSIZE);
+    if (__builtin_expect(s->at + bytes + more > s->capacity
+                         || (__atomic_load_n(&L->roll, __ATOMIC_RELAXED) && L->used), 0)) {
+        if (prelude_size(L) + bytes + more > L->segment_bytes) return refuse(L, EMSGSIZE);
+        int error = begin_segment(L, s->number + 1);
+        if (error) return refuse(L, error);
+        __atomic_store_n(&L->refused, 0, __ATOMIC_RELAXED);
         s = L->current;
     }
     return (ps_record *)(s->base + s->at);
@@ -258,17 +295,22 @@ static void log_commit(ps_log *L, ps_record *r, uint32_t bytes) {
     segment *s = L->current;
     put_record(L, s, r, bytes);
     if (r->kind == PS_RECORD_EVENT) {
-        s->last_sequence = r->sequence;
+        __atomic_store_n(&s->last_sequence, r->sequence, __ATOMIC_RELAXED);
         L->next_sequence = r->sequence + 1;
-        if (!L->events) L->opened_us = clock_us(CLOCK_MONOTONIC);
-        L->events = 1;
+    }
+    if (__builtin_expect(!L->used, 0)) {
+        __atomic_store_n(&L->opened_us, clock_us(CLOCK_MONOTONIC), __ATOMIC_RELAXED);
+        __atomic_store_n(&L->used, 1, __ATOMIC_RELEASE);
     }
     __atomic_store_n(&L->position, s->before + s->at, __ATOMIC_RELEASE);
 }
 
-static uint64_t log_position(const ps_log *L) { return L->position; }
+static uint64_t log_position(const ps_log *L) { return __atomic_load_n(&L->position, __ATOMIC_ACQUIRE); }
 
-int ps_log_error(const ps_log *L) { return L->error ? L->error : L->spare_error; }
+int ps_log_error(const ps_log *L) {
+    int error = failed(L);
+    return error ? error : __atomic_load_n(&L->refused, __ATOMIC_RELAXED);
+}
 
 void ps_log_roll(ps_log *L) { __atomic_store_n(&L->roll, 1, __ATOMIC_RELAXED); }
 
@@ -277,56 +319,80 @@ int ps_log_wait(ps_log *L, uint64_t position) {
     pthread_mutex_lock(&L->lock);
     if (L->wanted < position) L->wanted = position;
     pthread_cond_signal(&L->wake);
-    while (!L->error && !L->stop && __atomic_load_n(&L->synced, __ATOMIC_ACQUIRE) < position)
+    while (!failed(L) && !L->stopped && __atomic_load_n(&L->synced, __ATOMIC_ACQUIRE) < position)
         pthread_cond_wait(&L->done, &L->lock);
-    int error = L->error;
     pthread_mutex_unlock(&L->lock);
-    return __atomic_load_n(&L->synced, __ATOMIC_ACQUIRE) >= position ? 0 : error ? error : ECANCELED;
+    if (__atomic_load_n(&L->synced, __ATOMIC_ACQUIRE) >= position) return 0;
+    return failed(L) ? failed(L) : ECANCELED;
 }
 
 /* ---- the thread ------------------------------------------------------------------------------------------------ */
 
-static void seal(ps_log *L, segment *s, int sync) {
-    if (sync && fdatasync(s->fd)) fail(L, errno);
-    put_mark(s, s->at, s->at);
-    if (ftruncate(s->fd, (off_t)s->at)) fail(L, errno);
-    if (sync && fdatasync(s->fd)) fail(L, errno);
-    munmap(s->base, s->capacity);
+/* What of a segment is not on disk yet, up to `at`. Not fdatasync: that would write, and make read-only, the pages that
+ * are ready ahead of the writer. 0 or an errno. */
+static int sync_segment(ps_log *L, segment *s, uint64_t at) {
+    uint64_t from = s->synced & ~(uint64_t)4095;
+    if (from) sync_file_range(s->fd, 0, 4096, SYNC_FILE_RANGE_WRITE); /* the marks: that they get there is enough */
+    if (msync(s->base + from, at - from, MS_SYNC)) {
+        int error = errno;
+        fail(L, error);
+        return error;
+    }
+    s->synced = at;
+    return 0;
+}
+
+/* In pieces: others that map or unmap memory meanwhile do not wait for all of it. */
+static void let_go(char *base, uint64_t bytes) {
+    while (bytes) {
+        uint64_t piece = bytes % PIECE ? bytes % PIECE : PIECE;
+        bytes -= piece;
+        munmap(base + bytes, piece);
+    }
+}
+
+/* Whatever the policy, a sealed segment is on disk: recovery does not look for holes in it. */
+static void seal(ps_log *L, segment *s) {
+    if (!sync_segment(L, s, s->at)) {
+        put_mark(s, s->at, s->at);
+        if (ftruncate(s->fd, (off_t)s->at) || fdatasync(s->fd)) fail(L, errno);
+    }
+    let_go(s->base, s->capacity);
     close(s->fd);
     free(s);
 }
 
-static void sync_all(ps_log *L, segment *sealing, segment *s, uint64_t at, uint64_t position, int folder_changed,
-                     int asked) {
+/* Seals what is full, then syncs the current segment up to a position. */
+static void sync_all(ps_log *L, segment *sealing, segment *s, uint64_t at, uint64_t position, int folder_changed) {
     int64_t began = clock_us(CLOCK_MONOTONIC);
     while (sealing) {
         segment *next = sealing->next;
-        seal(L, sealing, asked || L->sync_us != PS_SYNC_NEVER);
+        seal(L, sealing);
         sealing = next;
     }
-    if ((asked || L->sync_us != PS_SYNC_NEVER) && position > L->synced) {
-        if (fdatasync(s->fd)) fail(L, errno);
-        if (folder_changed && fsync(L->dir)) fail(L, errno);
-        if (!L->error) {
-            put_mark(s, at, 0);
-            int64_t took = clock_us(CLOCK_MONOTONIC) - began;
-            if ((uint64_t)took > L->longest_sync_us) L->longest_sync_us = (uint64_t)took;
-            L->syncs++;
-            pthread_mutex_lock(&L->lock);
-            __atomic_store_n(&L->synced, position, __ATOMIC_RELEASE);
-            pthread_cond_broadcast(&L->done);
-            pthread_mutex_unlock(&L->lock);
-        } else {
-            pthread_mutex_lock(&L->lock);
-            pthread_cond_broadcast(&L->done);
-            pthread_mutex_unlock(&L->lock);
-        }
-        if (L->event_fd >= 0) {
-            uint64_t one = 1;
-            ssize_t ignored = write(L->event_fd, &one, 8);
-            (void)ignored;
-        }
+    if (position <= L->synced) return;
+    if (sync_segment(L, s, at)) return;
+    if (folder_changed && fsync(L->dir)) fail(L, errno);
+    if (failed(L)) return;
+    put_mark(s, at, 0);
+    int64_t took = clock_us(CLOCK_MONOTONIC) - began;
+    pthread_mutex_lock(&L->lock);
+    if ((uint64_t)took > L->longest_sync_us) L->longest_sync_us = (uint64_t)took;
+    L->syncs++;
+    if (folder_changed && L->current == s) L->folder_changed = 0; /* a roll meanwhile has set it again */
+    __atomic_store_n(&L->synced, position, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&L->done);
+    pthread_mutex_unlock(&L->lock);
+    if (L->event_fd >= 0) {
+        uint64_t one = 1;
+        ssize_t ignored = write(L->event_fd, &one, 8);
+        (void)ignored;
     }
+}
+
+static void touch(char *base, uint64_t from, uint64_t to) {
+    for (; from < to; from += PIECE) /* best effort: a fault does the same */
+        madvise(base + from, to - from < PIECE ? to - from : PIECE, MADV_POPULATE_WRITE);
 }
 
 static void touch_ahead(segment *s, uint64_t at) {
@@ -334,23 +400,23 @@ static void touch_ahead(segment *s, uint64_t at) {
     if (to > s->capacity) to = s->capacity;
     uint64_t from = (s->touched > at ? s->touched : at) & ~(uint64_t)4095;
     if (to < from + AHEAD / 4 && to < s->capacity) return;
-    if (to > from) madvise(s->base + from, to - from, MADV_POPULATE_WRITE); /* best effort: a fault does the same */
+    touch(s->base, from, to);
     s->touched = to;
 }
 
 static void *run(void *argument) {
     ps_log *L = argument;
-    int64_t drift = clock_us(CLOCK_REALTIME) - clock_us(CLOCK_MONOTONIC), last_sync = 0, last_try = 0;
-    int64_t tick = L->sync_us > 0 && L->sync_us < TICK_US ? L->sync_us : TICK_US;
+    int64_t drift = clock_us(CLOCK_REALTIME) - clock_us(CLOCK_MONOTONIC), last_try = 0;
+    int64_t next_tick = 0, next_sync = L->sync_us > 0 ? 0 : INT64_MAX; /* however long the sync before took */
     for (;;) {
         pthread_mutex_lock(&L->lock);
-        if (!L->stop && !(L->wanted > L->synced && !L->error) && !L->sealing) {
-            int64_t at = clock_us(CLOCK_MONOTONIC) + tick;
-            struct timespec until = {at / 1000000, (at % 1000000) * 1000};
+        if (!L->stop && !(L->wanted > L->synced && !failed(L)) && !L->sealing) {
+            int64_t wake = next_tick < next_sync ? next_tick : next_sync;
+            struct timespec until = {wake / 1000000, (wake % 1000000) * 1000};
             pthread_cond_timedwait(&L->wake, &L->lock, &until);
         }
         int stop = L->stop, folder_changed = L->folder_changed;
-        int wanted = L->wanted > L->synced && !L->error;
+        int wanted = L->wanted > L->synced && !failed(L);
         segment *s = L->current, *sealing = L->sealing;
         L->sealing = L->sealing_end = NULL;
         uint64_t position = __atomic_load_n(&L->position, __ATOMIC_ACQUIRE);
@@ -360,40 +426,37 @@ static void *run(void *argument) {
         pthread_mutex_unlock(&L->lock);
 
         int64_t now = clock_us(CLOCK_MONOTONIC);
-        if (stop || wanted || sealing || (L->sync_us > 0 && now - last_sync >= L->sync_us)) {
-            sync_all(L, sealing, s, at, position, folder_changed, wanted);
-            if (folder_changed) {
-                /* Only what was there before the sync is done; a roll meanwhile has set it again through `sealing`. */
-                pthread_mutex_lock(&L->lock);
-                if (L->current == s) L->folder_changed = 0;
-                pthread_mutex_unlock(&L->lock);
-            }
-            last_sync = now;
-        }
-        if (stop) return NULL;
-        touch_ahead(s, at);
-        if (need_spare && (!L->spare_error || now - last_try >= RETRY_US)) {
-            char name[NAME];
-            int fd;
-            char *base = NULL;
-            last_try = now;
-            pthread_mutex_lock(&L->lock); /* a roll that finds no spare makes it itself, under the lock */
-            if (L->spare_fd < 0) {
-                spare_name(L, name);
-                L->spare_error = allocate(L, name, &fd, &base);
-                if (!L->spare_error) {
-                    L->spare_fd = fd;
-                    L->spare_base = base;
-                }
-            }
+        if (now >= next_tick) next_tick = now + TICK_US;
+        if (stop || wanted || now >= next_sync) {
+            if (L->sync_us > 0) next_sync = now + L->sync_us;
+            /* Closing syncs whatever the policy: what is sealed is on disk. */
+            sync_all(L, sealing, s, at, position, folder_changed);
+        } else if (sealing) sync_all(L, sealing, s, at, 0, 0);
+        if (stop) {
+            pthread_mutex_lock(&L->lock);
+            L->stopped = 1;
+            pthread_cond_broadcast(&L->done);
             pthread_mutex_unlock(&L->lock);
-            if (base) madvise(base, AHEAD / 4 < L->segment_bytes ? AHEAD / 4 : L->segment_bytes, MADV_POPULATE_WRITE);
+            return NULL;
         }
-        if (L->max_age_us > 0 && L->events && now - L->opened_us > L->max_age_us) ps_log_roll(L);
+        touch_ahead(s, at);
+        if (need_spare && !failed(L) && (!L->spare_error || now - last_try >= RETRY_US)) {
+            last_try = now;
+            pthread_mutex_lock(&L->lock);
+            char *base = make_spare(L) ? NULL : L->spare_base;
+            pthread_mutex_unlock(&L->lock);
+            /* Only this thread unmaps a segment, so that it is there although the writer may have taken it. */
+            if (base) touch(base, 0, AHEAD / 4 < L->segment_bytes ? AHEAD / 4 : L->segment_bytes);
+        }
+        if (L->max_age_us > 0 && __atomic_load_n(&L->used, __ATOMIC_ACQUIRE)
+            && now - __atomic_load_n(&L->opened_us, __ATOMIC_RELAXED) > L->max_age_us)
+            ps_log_roll(L);
         int64_t now_drift = clock_us(CLOCK_REALTIME) - clock_us(CLOCK_MONOTONIC);
         if (now_drift - drift > STEP_US || drift - now_drift > STEP_US) {
+            pthread_mutex_lock(&L->lock);
             L->last_step_us = now_drift - drift;
             L->clock_steps++;
+            pthread_mutex_unlock(&L->lock);
         }
         drift = now_drift;
     }
@@ -458,14 +521,25 @@ ps_log *ps_log_open(const char *folder, uint64_t log_id, uint64_t number, int64_
     pthread_mutex_init(&L->lock, NULL);
     pthread_cond_init(&L->wake, &monotonic);
     pthread_cond_init(&L->done, NULL);
+    pthread_cond_init(&L->made, NULL);
+    pthread_condattr_destroy(&monotonic);
     if (prelude_size(L) + 4096 > L->segment_bytes) *error = EMSGSIZE;
     else *error = begin_segment(L, number);
     if (!*error) {
         L->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+        sigset_t all, before;
+        sigfillset(&all);
         if (fsync(L->dir)) *error = errno;
-        else *error = pthread_create(&L->thread, NULL, run, L);
+        else {
+            pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the process's own threads */
+            *error = pthread_create(&L->thread, NULL, run, L);
+            pthread_sigmask(SIG_SETMASK, &before, NULL);
+        }
     }
     if (*error) {
+        char spare[NAME];
+        spare_name(L, spare);
+        unlinkat(L->dir, spare, 0);
         if (L->current) {
             char name[NAME];
             snprintf(name, sizeof name, "%012llu.log", (unsigned long long)number);
@@ -480,21 +554,22 @@ ps_log *ps_log_open(const char *folder, uint64_t log_id, uint64_t number, int64_
     return L;
 }
 
-int ps_log_close(ps_log *L) {
-    if (!L) return 0;
+void ps_log_stop(ps_log *L) {
     pthread_mutex_lock(&L->lock);
     L->stop = 1;
     pthread_cond_signal(&L->wake);
     pthread_mutex_unlock(&L->lock);
     pthread_join(L->thread, NULL);
+}
+
+int ps_log_free(ps_log *L) {
     char name[NAME];
     segment *s = L->current;
-    if (L->sealing) sync_all(L, L->sealing, s, s->at, 0, 0, 0);
-    if (L->events) seal(L, s, L->sync_us != PS_SYNC_NEVER);
+    if (L->used) seal(L, s);
     else {
         snprintf(name, sizeof name, "%012llu.log", (unsigned long long)s->number);
         unlinkat(L->dir, name, 0);
-        munmap(s->base, s->capacity);
+        let_go(s->base, s->capacity);
         close(s->fd);
         free(s);
     }
@@ -503,16 +578,23 @@ int ps_log_close(ps_log *L) {
         unlinkat(L->dir, name, 0);
     }
     if (fsync(L->dir)) fail(L, errno);
-    int error = L->error;
+    int error = failed(L);
     pthread_mutex_destroy(&L->lock);
     pthread_cond_destroy(&L->wake);
     pthread_cond_destroy(&L->done);
+    pthread_cond_destroy(&L->made);
     free_log(L);
     return error;
 }
 
 void ps_log_abandon(ps_log *L) {
     if (!L) return;
+    for (segment *s = L->sealing, *next; s; s = next) {
+        next = s->next;
+        munmap(s->base, s->capacity);
+        close(s->fd);
+        free(s);
+    }
     munmap(L->current->base, L->current->capacity);
     close(L->current->fd);
     free(L->current);
@@ -526,7 +608,8 @@ void ps_log_get_stats(ps_log *L, ps_log_stats *out) {
     *out = (ps_log_stats){.position = L->position, .synced = L->synced, .segments = L->rolls + 1,
                           .number = L->current->number, .syncs = L->syncs, .rolls = L->rolls, .waits = L->waits,
                           .longest_sync_us = L->longest_sync_us, .clock_steps = L->clock_steps,
-                          .last_step_us = L->last_step_us, .error = ps_log_error(L)};
+                          .last_step_us = L->last_step_us, .error = ps_log_error(L),
+                          .spare_error = L->spare_error};
     pthread_mutex_unlock(&L->lock);
 }
 

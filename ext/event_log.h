@@ -45,7 +45,8 @@ typedef struct {
     uint64_t longest_sync_us;
     uint64_t clock_steps;
     int64_t last_step_us;
-    int error;                 /* errno that append would say now; 0: none */
+    int error;                 /* why the last append was refused, or the disk failed; 0: none */
+    int spare_error;           /* why there is no next segment yet: appends go on while the current one has room */
 } ps_log_stats;
 
 typedef struct {
@@ -64,8 +65,10 @@ const ps_log_api *ps_log_get_api(void);
 ps_log *ps_log_open(const char *folder, uint64_t log_id, uint64_t number, int64_t next_sequence, uint64_t segment_bytes,
                     int64_t sync_us, int64_t max_age_us, const char *const *prelude, const uint32_t *prelude_bytes,
                     int n_prelude, int64_t *const *marks, int n_marks, int *error);
-/* Seals the current segment, or removes it where it holds no event, and frees the log. 0 or an errno. */
-int ps_log_close(ps_log *);
+/* Closing, in two steps: stop syncs, ends the thread, and lets everybody out of ps_log_wait; free, called when nobody is
+ * left in there, seals the current segment, or removes it where it holds nothing, and frees the log: 0 or an errno. */
+void ps_log_stop(ps_log *);
+int ps_log_free(ps_log *);
 /* In a child process after a fork: lets go of the parent's log without touching its files. */
 void ps_log_abandon(ps_log *);
 int ps_log_error(const ps_log *);

@@ -46,6 +46,7 @@ cdef extern from "event_log.h" nogil:
         uint64_t clock_steps
         int64_t last_step_us
         int error
+        int spare_error
 
     ctypedef struct ps_log_api:
         ps_record *(*reserve)(ps_log *, uint32_t, uint32_t) noexcept nogil
@@ -55,7 +56,8 @@ cdef extern from "event_log.h" nogil:
     const ps_log_api *ps_log_get_api()
     ps_log *ps_log_open(const char *, uint64_t, uint64_t, int64_t, uint64_t, int64_t, int64_t, const char *const *,
                         const uint32_t *, int, int64_t *const *, int, int *)
-    int ps_log_close(ps_log *)
+    void ps_log_stop(ps_log *)
+    int ps_log_free(ps_log *)
     void ps_log_abandon(ps_log *)
     int ps_log_error(const ps_log *)
     int ps_log_wait(ps_log *, uint64_t)
@@ -75,4 +77,9 @@ cdef class EventLog:
         readonly int64_t sync_us
         readonly str folder
         int pid
+        int users             # inside ps_log_wait; counted with the GIL held
+        int failed            # errno of close()
+        uint64_t segment_bytes
         list sources
+
+    cdef int check_owner(self) except -1

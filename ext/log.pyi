@@ -19,6 +19,7 @@ class LogStats(NamedTuple):
     clock_steps: int
     last_step_us: int
     error: int
+    spare_error: int
 
 class SegmentHead(NamedTuple):
     format: int

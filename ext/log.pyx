@@ -8,9 +8,11 @@ import os
 from collections import namedtuple
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.errno cimport EMSGSIZE
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
+from posix.unistd cimport usleep
 
 from penstock.errors import LogError
 
@@ -22,7 +24,7 @@ KINDS = {PS_RECORD_SCHEMA: "schema", PS_RECORD_MARK: "mark", PS_RECORD_EVENT: "e
 
 LogStats = namedtuple(
     "LogStats",
-    "position synced segments number syncs rolls waits longest_sync_us clock_steps last_step_us error",
+    "position synced segments number syncs rolls waits longest_sync_us clock_steps last_step_us error spare_error",
 )
 SegmentHead = namedtuple("SegmentHead", "format log_id number first_sequence created capacity whole")
 SegmentMark = namedtuple("SegmentMark", "synced end last_sequence")
@@ -52,6 +54,7 @@ cdef class EventLog:
         self.folder = folder
         self.pid = os.getpid()
         self.sources = sources
+        self.segment_bytes = segment_bytes
         cdef const char **texts = <const char **>calloc(n + 1, sizeof(char *))
         cdef uint32_t *sizes = <uint32_t *>calloc(n + 1, sizeof(uint32_t))
         cdef int64_t **marks = <int64_t **>calloc(len(sources) + 1, sizeof(void *))
@@ -70,12 +73,17 @@ cdef class EventLog:
             free(sizes)
             free(marks)
         if self.ptr == NULL:
-            raise LogError(f"{folder}: cannot write the event log: {os.strerror(error)}")
+            why = os.strerror(error)
+            if error == EMSGSIZE:
+                why = f"a segment of {segment_bytes} bytes has no room for the schemas of the app and an event"
+            raise LogError(f"{folder}: cannot write the event log: {why}")
 
     def __dealloc__(self):
+        # Nobody is inside: whoever waits holds a reference.
         if self.ptr != NULL:
             if os.getpid() == self.pid:
-                ps_log_close(self.ptr)
+                ps_log_stop(self.ptr)
+                ps_log_free(self.ptr)
             else:
                 ps_log_abandon(self.ptr)
 
@@ -90,9 +98,20 @@ cdef class EventLog:
             ps_log_abandon(log)
             return
         with nogil:
-            error = ps_log_close(log)
+            ps_log_stop(log)
+        while self.users:
+            with nogil:
+                usleep(100)
+        with nogil:
+            error = ps_log_free(log)
+        self.failed = error
         if error:
             raise LogError(f"{self.folder}: closing the event log: {os.strerror(error)}")
+
+    cdef int check_owner(self) except -1:
+        if os.getpid() != self.pid:
+            raise LogError(f"{self.folder}: the event log is written by process {self.pid}; this one was forked from it")
+        return 0
 
     @property
     def closed(self):
@@ -115,13 +134,16 @@ cdef class EventLog:
 
     def wait(self, position=None):
         """Wait until everything up to a position (default: all) is on disk. Raises LogError where the disk failed."""
+        cdef ps_log *log = self.ptr
         cdef uint64_t until
-        cdef int error
-        if self.ptr == NULL:
-            return
-        until = self.api.position(self.ptr) if position is None else position
-        with nogil:
-            error = ps_log_wait(self.ptr, until)
+        cdef int error = self.failed
+        if log != NULL:
+            self.check_owner()
+            until = self.api.position(log) if position is None else position
+            self.users += 1
+            with nogil:
+                error = ps_log_wait(log, until)
+            self.users -= 1
         if error:
             raise LogError(f"{self.folder}: syncing the event log: {os.strerror(error)}")
 
@@ -130,15 +152,19 @@ cdef class EventLog:
         cdef int error = ps_log_error(self.ptr) if self.ptr != NULL else 0
         if self.ptr == NULL:
             return f"{self.folder}: the event log is closed"
+        if error == EMSGSIZE:
+            most = min(<uint64_t>PS_RECORD_MOST, self.segment_bytes)
+            return f"{self.folder}: the event is too large for a segment of the event log (of at most {most} bytes)"
         return f"{self.folder}: the event log takes no more events: {os.strerror(error) if error else 'unknown reason'}"
 
     def stats(self):
         cdef ps_log_stats s
         if self.ptr == NULL:
-            return LogStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+            return LogStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, self.failed, 0)
+        self.check_owner()
         ps_log_get_stats(self.ptr, &s)
         return LogStats(s.position, s.synced, s.segments, s.number, s.syncs, s.rolls, s.waits, s.longest_sync_us,
-                        s.clock_steps, s.last_step_us, s.error)
+                        s.clock_steps, s.last_step_us, s.error, s.spare_error)
 
 
 def segment_head(const uint8_t[::1] data):
