@@ -1,4 +1,4 @@
-"""The `penstock` command (control path): check, serve, demo."""
+"""The `penstock` command (control path): check, serve, demo, and the offline commands."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+OFFLINE = {
+    "parity": "compute every logged score anew from the log, and compare",
+    "backfill": "a pipeline's features over all of a log",
+    "log": "look after a log folder",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -28,12 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     serve.add_argument("rest", nargs=argparse.REMAINDER)
     demo = commands.add_parser("demo", help="run the fraud benchmark, then serve it", add_help=False)
     demo.add_argument("rest", nargs=argparse.REMAINDER)
+    for name, about in OFFLINE.items():
+        commands.add_parser(name, help=about, add_help=False).add_argument("rest", nargs=argparse.REMAINDER)
     argv = list(sys.argv[1:] if arguments is None else arguments)
     # serve and demo parse their own flags, so that their modules are imported only when they run.
     if argv[:1] == ["serve"]:
         from .server.command import main as serve_main
 
         return _guarded(lambda: serve_main(argv[1:]))
+    if argv[:1] and argv[0] in OFFLINE:
+        from .offline.command import main as offline_main
+
+        return _guarded(lambda: offline_main(argv[0], argv[1:]))
     if argv[:1] == ["demo"]:
         from .demo.run import main as demo_main
 

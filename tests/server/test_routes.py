@@ -185,6 +185,7 @@ def test_openapi_describes_what_is_served(served, wire):
         "/health/live",
         "/health/ready",
         "/metrics",
+        "/status",
         "/openapi.json",
     }
     schemas = document["components"]["schemas"]

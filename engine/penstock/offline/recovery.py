@@ -120,6 +120,7 @@ class Recovered(msgspec.Struct, kw_only=True):
 
     history: History
     snapshot: LoadedSnapshot | None
+    skipped: list[str]
     damages: list[Damage]
     at: int
     events: int
@@ -138,12 +139,17 @@ def recover_state(
     names = {store.fingerprint: f"{store.event} by {store.entity}" for store in plan.stores}
     history = History(folder)
     damages = history.check()
-    snapshot = load_snapshot(folder.snapshots_path, stores) if stores and folder.snapshots_path.is_dir() else None
+    skipped: list[str] = []
+    snapshot = None
+    if stores and folder.snapshots_path.is_dir():
+        snapshot = load_snapshot(folder.snapshots_path, stores, skipped=skipped)
     loaded: set[int] = set()
     at, position = -1, None
     if snapshot is not None and snapshot.position is not None and snapshot.loaded:
         loaded, position = set(snapshot.loaded), snapshot.position
         at = position.sequence
+    if position is not None and position.log_id != folder.log_id:
+        raise LogError(f"{folder.snapshots_path}: the snapshots are of another log; move them away to rebuild the state")
     if at > history.last_sequence:
         raise LogError(
             f"{folder.path}: the snapshot is of event {at}, but the log ends with event {history.last_sequence}; "
@@ -154,6 +160,7 @@ def recover_state(
     found = Recovered(
         history=history,
         snapshot=snapshot,
+        skipped=skipped,
         damages=damages,
         at=at,
         events=0,
@@ -230,7 +237,7 @@ def open_log(engine: Engine, folder: LogFolder, options: LogOptions, progress: P
         rebuilt=found.rebuilt,
         cold=found.cold,
         damages=found.damages,
-        skipped_snapshots=list(found.snapshot.skipped) if found.snapshot is not None else [],
+        skipped_snapshots=found.skipped,
         clock_behind_us=max(0, engine.core.last_ingest_time - time.time_ns() // 1000),
         seconds=time.perf_counter() - began,
     )

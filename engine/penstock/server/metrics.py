@@ -75,6 +75,7 @@ class Metrics:
         lines: list[str] = []
         self._http(lines)
         self._engine(lines)
+        self._log(lines)
         self._process(lines)
         lines.append("")
         return "\n".join(lines)
@@ -195,6 +196,29 @@ class Metrics:
                 about,
                 ((_labels(event=s["source"], entity=s["entity"]), s[key]) for s in stats["stores"]),
             )
+
+    def _log(self, lines: list[str]) -> None:
+        log = self.engine.core.log
+        if log is None:
+            return
+        stats = log.stats()
+        refused = int(bool(stats.error) or log.closed)
+        for name, kind, about, value in (
+            ("penstock_log_bytes_total", "counter", "Bytes written to the event log since start.", stats.position),
+            ("penstock_log_synced_bytes_total", "counter", "Bytes of them that are on disk.", stats.synced),
+            ("penstock_log_syncs_total", "counter", "Syncs of the event log.", stats.syncs),
+            ("penstock_log_sync_longest_seconds", "gauge", "Longest sync.", stats.longest_sync_us / 1e6),
+            ("penstock_log_segments_total", "counter", "Segments begun since start.", stats.segments),
+            ("penstock_log_refusing", "gauge", "1 while the disk takes no events, else 0.", refused),
+            (
+                "penstock_scores_not_logged_total",
+                "counter",
+                "Decisions that found no room in the log.",
+                self.engine.core.scores_not_logged,
+            ),
+            ("penstock_clock_steps_total", "counter", "Times that the clock was set by over a second.", stats.clock_steps),
+        ):
+            _one(lines, name, kind, about, value)
 
     def _process(self, lines: list[str]) -> None:
         pauses = self.pauses

@@ -44,6 +44,7 @@ def openapi_document(plan: Plan) -> Schema:
         ("/health/live", "The process answers.", "application/json"),
         ("/health/ready", "Ready to score; 503 while starting or stopping.", "application/json"),
         ("/metrics", "Metrics as Prometheus text.", "text/plain"),
+        ("/status", "State, recovery and log, for an operator.", "application/json"),
         ("/openapi.json", "This document.", "application/json"),
     ):
         answers: Schema = {"200": {"description": about, "content": {kind: {}}}}

@@ -96,7 +96,7 @@ def build_server(engine: Engine, config: ServerConfig, state: dict[str, bool]) -
     metrics = Metrics(engine, server, state)
     index = (
         "".join(f"{' and '.join(route.methods)} {path}\n" for path, route in routes.items())
-        + "GET /health/live\nGET /health/ready\nGET /metrics\nGET /openapi.json\n"
+        + "GET /health/live\nGET /health/ready\nGET /metrics\nGET /status\nGET /openapi.json\n"
     )
 
     def live(query: str, body: bytes) -> tuple[int, bytes, bytes]:
@@ -107,6 +107,9 @@ def build_server(engine: Engine, config: ServerConfig, state: dict[str, bool]) -
             return 200, JSON, b'{"ready":true}'
         why = "the server is stopping" if server.draining else "the server is starting"
         raise RequestError(503, "not_ready", why)
+
+    def status(query: str, body: bytes) -> tuple[int, bytes, bytes]:
+        return 200, JSON, msgspec.json.encode(engine_status(engine))
 
     def openapi(query: str, body: bytes) -> tuple[int, bytes, bytes]:
         from .openapi import openapi_document
@@ -119,10 +122,31 @@ def build_server(engine: Engine, config: ServerConfig, state: dict[str, bool]) -
         ("/health/live", live),
         ("/health/ready", ready),
         ("/metrics", metrics.answer),
+        ("/status", status),
         ("/openapi.json", openapi),
     ):
         routes[path] = Route(path.strip("/") or "index", "handler", read_only, handler=handler)
     return server
+
+
+def engine_status(engine: Engine) -> dict[str, Any]:
+    """What an operator asks first: the plan's fingerprint, the state's size, what recovery did, how the log stands."""
+    status: dict[str, Any] = {"app": engine.plan.app, "plan": engine.plan.fingerprint, "stores": engine.stats()["stores"]}
+    log = engine.core.log
+    if log is not None and engine.recovery is not None:
+        recovery = engine.recovery
+        status["recovery"] = {
+            "snapshot": recovery.snapshot,
+            "events": recovery.events,
+            "loaded": recovery.loaded,
+            "rebuilt": recovery.rebuilt,
+            "cold": recovery.cold,
+            "seconds": recovery.seconds,
+            "said": recovery.lines(),
+        }
+        sync = {0: "always", -1: "never"}.get(log.sync_us, f"every {log.sync_us / 1000:g} ms")
+        status["log"] = {"folder": log.folder, "sync": sync, **log.stats()._asdict(), "next_event": engine.core.next_sequence}
+    return status
 
 
 class FeatureReads:

@@ -1,0 +1,174 @@
+"""The offline commands (control path): parity, backfill, and looking after a log folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..cli import OFFLINE
+from ..errors import PenstockError
+from ..terminal import Progress, table
+
+__all__ = ["main"]
+
+def main(command: str, arguments: Sequence[str]) -> int:
+    """Run one of the offline commands; returns the exit code."""
+    sys.path.insert(0, "")
+    return {"parity": _parity, "backfill": _backfill, "log": _log}[command](list(arguments))
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"penstock {command}", description=OFFLINE[command].capitalize() + ".", allow_abbrev=False)
+
+
+def _parity(arguments: list[str]) -> int:
+    parser = _parser("parity")
+    parser.add_argument("app", help="a Python file or module with the app's definitions")
+    parser.add_argument("--log", metavar="DIR", required=True, help="the log folder; it may be in use")
+    parser.add_argument("--models", metavar="DIR", help="compare the decisions too, with the models in this folder")
+    parser.add_argument("--pipeline", metavar="NAME", action="append", help="only this pipeline; may be given again")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    given = parser.parse_args(arguments)
+    from .parity import parity
+
+    with Progress("comparing logged scores with the log") as progress:
+        report = parity(given.app, given.log, models=given.models, pipelines=given.pipeline, progress=progress)
+    if given.json:
+        import msgspec
+
+        print(msgspec.json.encode(report).decode())
+    else:
+        print(report)
+    return 0 if report.ok else 1
+
+
+def _backfill(arguments: list[str]) -> int:
+    parser = _parser("backfill")
+    parser.add_argument("app", help="a Python file or module with the app's definitions")
+    parser.add_argument("--log", metavar="DIR", required=True, help="the log folder; it may be in use")
+    parser.add_argument("--out", metavar="FILE", required=True, help="the Parquet file to write")
+    parser.add_argument("--pipeline", metavar="NAME", help="needed where the app has several")
+    parser.add_argument("--features", metavar="NAME,NAME", help="these features only")
+    parser.add_argument("--spine", choices=("events", "scores"), default="events", help="a row per event or per score")
+    given = parser.parse_args(arguments)
+    from .replay import backfill
+
+    features = given.features.split(",") if given.features else None
+    with Progress(f"computing features into {given.out}") as progress:
+        backfill(
+            given.app,
+            given.log,
+            pipeline=given.pipeline,
+            features=features,
+            spine=given.spine,
+            out=given.out,
+            progress=progress,
+        )
+    return 0
+
+
+def _log(arguments: list[str]) -> int:
+    parser = _parser("log")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, about in (
+        ("status", "segments, snapshots and what they hold"),
+        ("verify", "check every record of every segment"),
+        ("snapshot", "take a snapshot of the state now"),
+        ("compact", "turn closed segments into Parquet"),
+        ("retain", "drop history that is older than --keep"),
+        ("erase", "forget one entity: its key in every event becomes a random one"),
+    ):
+        action = actions.add_parser(name, help=about, allow_abbrev=False)
+        action.add_argument("folder", help="the log folder")
+        if name == "compact":
+            action.add_argument("--to", metavar="URI", help="a folder or s3://bucket/prefix; default DIR/parquet")
+        if name == "retain":
+            action.add_argument("--keep", metavar="LENGTH", required=True, help="for example 90d")
+        if name == "erase":
+            action.add_argument("--entity", required=True, help="the entity's name, for example customer")
+            key = action.add_mutually_exclusive_group(required=True)
+            key.add_argument("--key", help="its key, a string")
+            key.add_argument("--int-key", type=int, help="its key, an integer")
+    given = parser.parse_args(arguments)
+    return int(globals()[f"_log_{given.action}"](given) or 0)
+
+
+def _log_status(given: Any) -> None:
+    from .log_folder import LogFolder
+
+    folder = LogFolder(given.folder)
+    rows = []
+    for segment in folder.segments():
+        mark = segment.mark
+        sealed = segment.sealed_end is not None
+        first = segment.head.first_sequence if segment.head is not None else "?"
+        last = mark.last_sequence if sealed and mark is not None else "open"
+        rows.append([segment.path.name, f"{segment.size:,}", f"{first}", f"{last}"])
+    print(f"log {folder.log_id} in {folder.path}")
+    print(table(["segment", "bytes", "first event", "last event"], rows) if rows else "no segments")
+    snapshots = sorted(p for p in folder.snapshots_path.glob("*") if p.name[0] != ".") if folder.snapshots_path.is_dir() else []
+    if snapshots:
+        print()
+        print(
+            table(
+                ["snapshot of event", "bytes"],
+                [[str(int(p.name[:20])), f"{sum(f.stat().st_size for f in p.iterdir()):,}"] for p in snapshots],
+            )
+        )
+
+
+def _log_verify(given: Any) -> int:
+    from .history import History
+    from .log_folder import LogFolder
+
+    folder = LogFolder(given.folder)
+    wrong = 0
+    rows = []
+    numbers = folder.numbers()
+    with Progress(f"checking {len(numbers)} segments") as progress:
+        for i, segment in enumerate(folder.segments()):
+            progress(i, len(numbers))
+            try:
+                _, damages, scan = folder.check(segment, last=segment.number == numbers[-1])
+            except PenstockError as error:
+                rows.append([segment.path.name, "", str(error)])
+                wrong += 1
+                continue
+            notes = "; ".join(map(str, damages))
+            wrong += any(d.kind != "tail" for d in damages)
+            rows.append([segment.path.name, f"{scan.records:,}", notes or "ok"])
+    print(table(["segment", "records", ""], rows))
+    History(folder).check()
+    return 1 if wrong else 0
+
+
+def _log_snapshot(given: Any) -> None:
+    from .keeper import take_snapshot
+
+    with Progress("taking a snapshot") as progress:
+        written = take_snapshot(given.folder, progress)
+    print(f"wrote {written}" if written is not None else "nothing is new since the last snapshot")
+
+
+def _log_compact(given: Any) -> None:
+    from .compaction import compact
+
+    with Progress("compacting") as progress:
+        print(compact(Path(given.folder), given.to, progress=progress))
+
+
+def _log_retain(given: Any) -> None:
+    from ..definitions.durations import duration_us
+    from .retention import retain
+
+    print(retain(Path(given.folder), duration_us(given.keep)))
+
+
+def _log_erase(given: Any) -> None:
+    from .erasure import erase
+
+    key = given.key if given.key is not None else given.int_key
+    print(erase(Path(given.folder), given.entity, key))
