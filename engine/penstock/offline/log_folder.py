@@ -7,8 +7,8 @@
     DIR/snapshots/          state as of a sequence (features/snapshot.py)
     DIR/parquet/            compacted history, unless it is kept elsewhere (compaction.py)
 
-What must stay true: nothing damaged is read as data. A segment is read up to the first record that does not check; where
-readable records follow, reading on would leave out events, so it is refused with file, offset and how many follow.
+What must stay true: nothing damaged is read as data. A segment is read up to the first record that does not check;
+where readable records follow, reading on would leave out events: refused, with file, offset and how many follow.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ import mmap
 import os
 import re
 import secrets
+import shutil
 import time
+import weakref
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
-import numpy as np
 
 from .._ext import log as native
 from ..errors import LogError
@@ -34,6 +36,7 @@ __all__ = ["Damage", "LogFolder", "Segment"]
 
 FORMAT = native.FORMAT
 BLOCK = 512  # what a disk writes whole
+CHUNK = 1 << 16  # bytes of a segment in use that are read at once
 
 
 class LogIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,11 +45,15 @@ class LogIdentity(msgspec.Struct, frozen=True, kw_only=True):
     format: int
     log_id: int
     created: int
+    crc: int | None = None
+
+    def checksum(self) -> int:
+        return zlib.crc32(f"{self.format} {self.log_id} {self.created}".encode())
 
 
 class Damage(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes of a segment that are no records. kind: "tail" (nothing readable follows: what a crash leaves), "unsynced"
-    (a hole behind what was on disk: a power cut), "damaged" (readable records follow), "header"."""
+    """Bytes of a segment that are no records. kind: "tail" (what a crash leaves at the end), "unsynced" (a hole behind
+    what was on disk: a power cut), "damaged" (it was on disk, or readable records follow), "header"."""
 
     path: Path
     kind: str
@@ -66,32 +73,77 @@ class Damage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Segment:
-    """One segment file, mapped for reading. `data` is a memoryview; keep the Segment while it is used."""
+    """One segment file, read. `data` is a memoryview; keep the Segment while it is used.
 
-    def __init__(self, path: Path, log_id: int, number: int) -> None:
+    live: another process may write it. What it still writes is copied, not mapped: a file that is cut to its length
+    under a mapping takes the reader's process with it.
+    """
+
+    def __init__(self, path: Path, log_id: int, number: int, live: bool = False) -> None:
         self.path = path
         self.log_id = log_id
         self.number = number
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            self._map = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ) if size else None
-        self.data: Any = memoryview(self._map) if self._map is not None else memoryview(b"")
-        if self._map is not None and hasattr(mmap, "MADV_SEQUENTIAL"):
-            self._map.madvise(mmap.MADV_SEQUENTIAL)
-        self.size = len(self.data)
         self.start = native.HEAD
-        head = native.segment_head(self.data)
-        if head is not None and head.whole and head.format > FORMAT:
-            raise LogError(
-                f"{path}: written by a newer version of Penstock (format {head.format}, this one reads up to {FORMAT})"
-            )
+        self.data: Any = memoryview(b"")
+        self._map: mmap.mmap | None = None
+        self._file: int | None = None
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._open(live)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            self.close()
+            raise LogError(f"{path}: cannot be read: {error.strerror}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, live: bool) -> None:
+        assert self._file is not None
+        self.size = os.fstat(self._file).st_size
+        page = os.pread(self._file, native.HEAD, 0)
+        head = native.segment_head(page)
         self.head = head if head is not None and head.whole else None
-        self.mark = native.segment_mark(self.data)
+        if self.head is not None:
+            self._check_identity(self.head)
+        self.mark = native.segment_mark(page)
         self.sealed_end: int | None = self.mark.end if self.mark is not None and self.mark.end else None
+        length = self.size if self.sealed_end is None else min(self.size, self.sealed_end)
+        if live and self.sealed_end is None:
+            self.data = memoryview(bytearray(length))
+            self.refresh(0)
+        elif length:
+            self._map = mmap.mmap(self._file, length, access=mmap.ACCESS_READ)
+            self._map.madvise(mmap.MADV_SEQUENTIAL)
+            self.data = memoryview(self._map)
+
+    def _check_identity(self, head: Any) -> None:
+        if head.format > FORMAT:
+            raise LogError(
+                f"{self.path}: written by a newer version of Penstock "
+                f"(format {head.format}, this one reads up to {FORMAT})"
+            )
+        if head.log_id != self.log_id:
+            raise LogError(f"{self.path}: this segment is of another log ({head.log_id}, not {self.log_id})")
+        if head.number != self.number:
+            raise LogError(f"{self.path}: this is segment {head.number:012d}.log under another's name")
+
+    def refresh(self, start: int) -> bool:
+        """Read a segment in use again, from an offset on. False where it is mapped: that is always as of now."""
+        if self._map is not None or self._file is None:
+            return False
+        # From its end to its start: what is read later was written before.
+        for at in range(len(self.data) - len(self.data) % CHUNK, start - start % CHUNK - 1, -CHUNK):
+            view = self.data[at : at + CHUNK]
+            done = os.preadv(self._file, [view], at) if len(view) else 0
+            if done < len(view):
+                view[done:] = bytes(len(view) - done)
+        return True
 
     def scan(self, start: int | None = None) -> Any:
         """Check the records from an offset on (native.Scan)."""
-        return native.scan(self.data[: self.sealed_end], self.log_id, self.number, start or self.start)
+        return native.scan(self.data, self.log_id, self.number, self.start if start is None else start)
 
     def schemas(self) -> list[EventSchema | ScoreSchema]:
         """The schemas at the segment's start, by number."""
@@ -126,7 +178,7 @@ class Segment:
         data = self.data
         first = at = native.resync(data, self.log_id, self.number, start)
         count = 0
-        while at < self.size:
+        while at < len(data):
             found = native.scan(data, self.log_id, self.number, at)
             count += found.records
             at = native.resync(data, self.log_id, self.number, found.end + 8)
@@ -136,6 +188,21 @@ class Segment:
         self.data.release()
         if self._map is not None:
             self._map.close()
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+_locked: weakref.WeakSet[LogFolder] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """A child process lets go: the lock is its parent's, and must not outlive it."""
+    for folder in list(_locked):
+        folder.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class LogFolder:
@@ -143,6 +210,7 @@ class LogFolder:
 
     def __init__(self, path: str | Path, *, write: bool = False) -> None:
         self.path = Path(path)
+        self.write = write
         self.segments_path = self.path / "segments"
         self.snapshots_path = self.path / "snapshots"
         self._lock: IO[Any] | None = None
@@ -155,10 +223,11 @@ class LogFolder:
                     if self._numbers():
                         raise LogError(f"{identity}: missing, but there are segments; this is not a whole log folder")
                     made = LogIdentity(format=FORMAT, log_id=secrets.randbits(62) | 1, created=time.time_ns() // 1000)
-                    write_whole(identity, msgspec.json.encode(made))
+                    write_whole(identity, msgspec.json.encode(msgspec.structs.replace(made, crc=made.checksum())))
             except OSError as error:
                 self.close()
-                raise LogError(f"{self.path}: cannot be used as a log folder: {error.strerror}") from None
+                where = error.filename or self.path
+                raise LogError(f"{self.path}: cannot be used as a log folder: {where}: {error.strerror}") from None
             except LogError:
                 self.close()
                 raise
@@ -167,9 +236,12 @@ class LogFolder:
         except FileNotFoundError:
             self.close()
             raise LogError(f"{self.path}: no event log here (log.json is missing)") from None
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             self.close()
             raise LogError(f"{identity}: cannot be read: {error}") from None
+        if self.identity.crc is not None and self.identity.crc != self.identity.checksum():
+            self.close()
+            raise LogError(f"{identity}: damaged: its checksum does not hold; restore it from a copy")
         if self.identity.format > FORMAT:
             self.close()
             raise LogError(
@@ -194,13 +266,15 @@ class LogFolder:
         stream.truncate()
         stream.write(f"{os.getpid()}\n")
         stream.flush()
+        _locked.add(self)
         return stream
 
     def close(self) -> None:
         """Let the lock go."""
         if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+            lock, self._lock = self._lock, None
+            lock.close()
+        _locked.discard(self)
 
     def _numbers(self) -> list[int]:
         try:
@@ -217,7 +291,7 @@ class LogFolder:
         return self._numbers()
 
     def segment(self, number: int) -> Segment:
-        return Segment(self.segment_path(number), self.log_id, number)
+        return Segment(self.segment_path(number), self.log_id, number, live=not self.write)
 
     def segments(self) -> Iterator[Segment]:
         """The segments, oldest first, each closed when the next is asked for."""
@@ -237,46 +311,97 @@ class LogFolder:
             path.unlink(missing_ok=True)
 
     def seal(self, number: int, end: int, last_sequence: int) -> None:
-        """Cut an open segment behind its last record, for good: what a crash left there is no record."""
+        """Cut an open segment behind its last record, for good: what a crash left there is no record.
+
+        Where more than that is lost (damage, a power cut's hole) the file as it was is kept as `N.log.cut`.
+        """
         path = self.segment_path(number)
+        segment = self.segment(number)
+        try:
+            synced = segment.mark.synced if segment.mark is not None else native.HEAD
+            keep = end < synced or segment.following(end)[1] > 0
+            headless = segment.head is None
+            first_sequence = segment.scan().first_sequence if headless else None
+        finally:
+            segment.close()
+        if keep:
+            shutil.copyfile(path, path.with_suffix(".log.cut"))
         with path.open("r+b") as stream:
+            if os.fstat(stream.fileno()).st_size < end:
+                stream.truncate(end)
             with mmap.mmap(stream.fileno(), 0) as data:
+                # The records first: a mark says that what is before it is on disk.
+                data.flush()
+                if headless:
+                    first = last_sequence + 1 if first_sequence is None else first_sequence
+                    native.put_head(memoryview(data), self.log_id, number, first, 0)
                 native.put_sealed(memoryview(data), end, last_sequence)
                 data.flush()
             stream.truncate(end)
             os.fsync(stream.fileno())
 
-    def check(self, segment: Segment, *, last: bool) -> tuple[int, list[Damage], Any]:
-        """How far a segment can be read: (offset, damages, native.Scan). Raises LogError where reading must stop although
-        readable records follow in it. `last`: no segment with records follows."""
+    def check(self, segment: Segment, *, last: bool = True) -> tuple[int, list[Damage], Any]:
+        """How far a segment can be read: (offset, damages, native.Scan).
+
+        Raises LogError where reading must stop although readable records follow, and no power cut explains it.
+        """
         damages: list[Damage] = []
         if segment.head is None:
-            damages.append(Damage(path=segment.path, kind="header", offset=0, bytes=native.HEAD))
+            damages.append(Damage(path=segment.path, kind="header", offset=0, bytes=min(native.HEAD, segment.size)))
         scan = segment.scan()
-        end = scan.end
         sealed = segment.sealed_end
-        if sealed is not None and end == sealed:
-            return end, damages, scan
-        limit = sealed if sealed is not None else segment.size
-        first, following = segment.following(end + 8)
+        while True:
+            end = scan.end
+            if sealed is not None and end == sealed:
+                return end, damages, scan
+            first, following = segment.following(end + 8)
+            # Another process may have written on while this one read.
+            more = segment.scan(end) if following and segment.refresh(end) else None
+            if more is None or not more.records:
+                break
+            scan = _joined(scan, more)
+        synced = segment.mark.synced if segment.mark is not None else native.HEAD
         if following:
-            synced = segment.mark.synced if segment.mark is not None else native.HEAD
-            hole = sealed is None and end >= synced and _never_written(segment.data, end, first)
-            kind = "unsynced" if hole else "damaged"
+            kind = "unsynced" if end >= synced and _never_written(segment.data, end, first) else "damaged"
             damage = Damage(path=segment.path, kind=kind, offset=end, bytes=first - end, following=following)
-            if kind == "damaged" or not last:
-                raise LogError(f"{damage}. Nothing was changed; restore the file from a copy, or start without its state")
+            if kind == "damaged":
+                raise LogError(f"{damage}. Nothing was changed; restore the file from a copy")
             return end, [*damages, damage], scan
-        if sealed is not None or np.frombuffer(segment.data[end:limit], dtype=np.uint8).any():
-            damages.append(Damage(path=segment.path, kind="tail", offset=end, bytes=limit - end))
+        limit = sealed if sealed is not None else segment.size
+        short = segment.head is not None and sealed is None and segment.size != segment.head.capacity
+        if end < synced or sealed is not None:
+            damages.append(Damage(path=segment.path, kind="damaged", offset=end, bytes=max(limit, synced) - end))
+        elif short or (limit > end and any_byte(segment.data[end:limit])):
+            damages.append(Damage(path=segment.path, kind="tail", offset=end, bytes=max(limit - end, 0)))
         return end, damages, scan
 
 
+def _joined(scan: Any, more: Any) -> Any:
+    """A scan and the one that went on where it ended."""
+    times = [t for t in (scan.last_ingest_time, more.last_ingest_time) if t is not None]
+    return more._replace(
+        records=scan.records + more.records,
+        events=scan.events + more.events,
+        scores=scan.scores + more.scores,
+        first_sequence=scan.first_sequence if scan.events else more.first_sequence,
+        last_sequence=more.last_sequence if more.events else scan.last_sequence,
+        last_ingest_time=max(times, default=None),
+    )
+
+
+def any_byte(data: Any) -> bool:
+    """Whether any byte is not zero."""
+    return any(bytes(data[at : at + CHUNK]).strip(b"\0") for at in range(0, len(data), CHUNK))
+
+
 def _never_written(data: Any, begin: int, end: int) -> bool:
-    """Whether a whole block of the disk within begin..end is zero: it never reached the disk."""
-    at = -(-begin // BLOCK) * BLOCK
+    """Whether what lies in begin..end never reached the disk: the rest of the disk's block at `begin` is zero, or a
+    whole block behind it is."""
+    at = -(-(begin + 1) // BLOCK) * BLOCK
+    if not any_byte(data[begin : min(at, end)]):
+        return True
     while at + BLOCK <= end:
-        if not any(data[at : at + BLOCK]):
+        if not any_byte(data[at : at + BLOCK]):
             return True
         at += BLOCK
     return False
