@@ -1,0 +1,114 @@
+# spine.pxd: rows of a user's own spine, merged with the event log. See spine.pyx.
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from penstock._ext.core cimport Core
+from penstock._ext.decision cimport Verdict
+from penstock._ext.event_record cimport ps_record
+from penstock._ext.events cimport Column, ColumnSet, EventReader
+from penstock._ext.history cimport EventMapping
+from penstock._ext.row cimport ps_slot
+from penstock._ext.steps cimport KeyRef, Pipe, RowKeys, Source, SourceC, Use
+from penstock._ext.windows cimport WindowStore, ps_arena, ps_event
+
+
+# One output of a view: where its values go, by place in the partition.
+ctypedef struct SpineOutput:
+    ps_slot *data
+    uint8_t *status
+    uint8_t is_string
+    uint8_t has_default
+    ps_slot value             # the default; of a string its length
+    const char *text
+
+# One view that is read: a group of the store, and its outputs (index -1: not asked for).
+ctypedef struct SpineGroup:
+    uint32_t group
+    uint8_t with_event        # the row counts as the newest event (S8)
+    int n
+    int *outputs
+
+
+cdef class SpineRun:
+    cdef:
+        Core core
+        Source source
+        WindowStore store
+        EventReader reader
+        ColumnSet columns
+        object keep
+        KeyRef key
+        bint keyed                # the key may be null: its status is looked at
+        int parts
+        int part
+        int mode
+        int64_t lateness
+        uint64_t budget
+        # the partition's rows, by bound
+        int64_t n_rows
+        int64_t next_row
+        const int64_t *rows
+        const int64_t *places
+        const int64_t *times
+        const int64_t *bounds
+        uint64_t *hashes
+        uint8_t *beyond
+        int64_t n_beyond
+        SpineGroup *groups
+        int n_groups
+        SpineOutput *outputs
+        int n_outputs
+        ps_slot *out
+        uint8_t *out_status
+        ps_arena found            # strings of one read
+        list texts
+        ps_arena *kept_texts      # per output: strings in the order in which rows are read
+        # one event, or one row of the spine
+        int width
+        ps_slot *slots
+        uint8_t *status
+        ps_arena arena
+        RowKeys keys
+        Verdict verdict
+        int64_t expected
+        int64_t newest_ingest
+        int64_t events
+        int64_t applied
+        # backfill: the partition's events, to be sorted; and every event's time where idle entities are forgotten
+        bint forgets
+        int64_t n_kept
+        int64_t room
+        ps_slot *kept_slots
+        uint8_t *kept_status
+        int64_t *kept_time
+        int64_t *kept_ingest
+        ps_arena kept
+        int64_t n_times
+        int64_t times_room
+        int64_t *all_times
+
+    cdef int partition_of(self, uint64_t hash) noexcept nogil
+    cdef uint64_t key_hash(self) noexcept nogil
+    cdef int take(self, const ps_record *r, EventMapping mapping) noexcept nogil
+    cdef int keep_event(self, const ps_record *r, EventMapping mapping) noexcept nogil
+    cdef int apply(self, ps_slot *slots, uint8_t *status, ps_arena *arena) noexcept nogil
+    cdef int read_until(self, int64_t bound) noexcept nogil
+    cdef int read_row(self, int64_t index) noexcept nogil
+    cdef int replay(self, const int64_t *order, const int64_t *times) noexcept nogil
+
+
+cdef class FunctionRun:
+    cdef:
+        Core core
+        Pipe pipe
+        EventReader reader
+        ColumnSet columns
+        object keep
+        int width
+        ps_slot *slots
+        uint8_t *status
+        ps_arena arena
+        RowKeys keys
+        Verdict verdict
+
+    cdef int run_row(self, int64_t row) noexcept nogil
