@@ -328,6 +328,11 @@ int ps_log_wait(ps_log *L, uint64_t position) {
 
 /* ---- the thread ------------------------------------------------------------------------------------------------ */
 
+static void touch(char *base, uint64_t from, uint64_t to) {
+    for (; from < to; from += PIECE) /* best effort: a fault does the same */
+        madvise(base + from, to - from < PIECE ? to - from : PIECE, MADV_POPULATE_WRITE);
+}
+
 /* What of a segment is not on disk yet, up to `at`. Not fdatasync: that would write, and make read-only, the pages that
  * are ready ahead of the writer. 0 or an errno. */
 static int sync_segment(ps_log *L, segment *s, uint64_t at) {
@@ -339,6 +344,9 @@ static int sync_segment(ps_log *L, segment *s, uint64_t at) {
         return error;
     }
     s->synced = at;
+    /* What was written is read-only until it is touched again, and with it what shares a large page of the cache. */
+    uint64_t to = (at & ~(uint64_t)4095) + PIECE;
+    if (to < s->touched) touch(s->base, at & ~(uint64_t)4095, to);
     return 0;
 }
 
@@ -388,11 +396,6 @@ static void sync_all(ps_log *L, segment *sealing, segment *s, uint64_t at, uint6
         ssize_t ignored = write(L->event_fd, &one, 8);
         (void)ignored;
     }
-}
-
-static void touch(char *base, uint64_t from, uint64_t to) {
-    for (; from < to; from += PIECE) /* best effort: a fault does the same */
-        madvise(base + from, to - from < PIECE ? to - from : PIECE, MADV_POPULATE_WRITE);
 }
 
 static void touch_ahead(segment *s, uint64_t at) {
