@@ -112,38 +112,42 @@ static uint64_t few_bytes(const uint8_t *p, int64_t n)
 }
 
 #define TEXT_BLOCK(NAME, OFFSET)                                                                                     \
-    static int NAME(const ps_keys *keys, const ps_key_column *c, int64_t start, int n, key_block *b, int64_t *at)     \
-    {                                                                                                                 \
-        const OFFSET *offsets = (const OFFSET *)c->values + c->offset + start;                                        \
-        const uint8_t *text = c->text;                                                                                \
-        const int64_t size = c->text_bytes;                                                                           \
-        b->any_long = 0;                                                                                              \
-        for (int i = 0; i < n; i++) {                                                                                 \
-            int64_t from = offsets[i], to = offsets[i + 1], length = to - from;                                       \
-            if (UNLIKELY(from < 0 || to < from || to > size || length > INT32_MAX)) {                                 \
-                *at = start + i;                                                                                      \
-                return PS_ASOF_DAMAGED;                                                                               \
-            }                                                                                                         \
-            const uint8_t *p = text + from;                                                                           \
-            uint64_t low;                                                                                             \
-            uint32_t rest = (uint32_t)(length + 1) << 24;                                                             \
-            if (LIKELY(length <= 8)) {                                                                                \
-                low = LIKELY(from + 8 <= size) ? word(p) & FIRST_BYTES[length] : few_bytes(p, length);                \
-            } else if (LIKELY(length <= SHORT_BYTES)) {                                                               \
-                low = word(p);                                                                                        \
-                rest |= (uint32_t)(word(p + length - 8) >> (64 - 8 * (length - 8)));                                  \
-            } else {                                                                                                  \
-                low = hash_long(p, length, K2);                                                                       \
-                rest = (uint32_t)(hash_long(p, length, GOLDEN) >> 40) | LONG << 24;                                   \
-                b->text[i] = p;                                                                                       \
-                b->length[i] = (uint32_t)length;                                                                      \
-                b->any_long = 1;                                                                                      \
-            }                                                                                                         \
-            uint32_t bucket = bucket_of(keys, low, rest);                                                             \
-            b->keys[i] = (sought_key){low, rest, bucket};                                                             \
-            PREFETCH(&keys->lines[bucket]);                                                                           \
-        }                                                                                                             \
-        return PS_ASOF_OK;                                                                                            \
+    static int NAME(const ps_keys *keys, const ps_key_column *c, int64_t start, int n, key_block *b, int64_t *at)    \
+    {                                                                                                                \
+        const OFFSET *offsets = (const OFFSET *)c->values + c->offset + start;                                       \
+        const uint8_t *text = c->text;                                                                               \
+        const int64_t size = c->text_bytes;                                                                          \
+        int damaged = offsets[0] < 0 || offsets[n] > size;                                                           \
+        for (int i = 0; i < n; i++) damaged |= offsets[i + 1] < offsets[i];                                          \
+        for (int i = 0; damaged && i < n; i++) {                                                                     \
+            *at = start + i;                                                                                         \
+            if (offsets[i] < 0 || offsets[i + 1] < offsets[i] || offsets[i + 1] > size) return PS_ASOF_DAMAGED;      \
+        }                                                                                                            \
+        const int inside = offsets[n] + 8 <= size; /* 8 bytes can be read from wherever a key begins */              \
+        b->any_long = 0;                                                                                             \
+        for (int i = 0; i < n; i++) {                                                                                \
+            int64_t length = offsets[i + 1] - offsets[i];                                                            \
+            const uint8_t *p = text + offsets[i];                                                                    \
+            uint64_t low;                                                                                            \
+            uint32_t rest = (uint32_t)(length + 1) << 24;                                                            \
+            if (LIKELY(length <= 8)) {                                                                               \
+                low = LIKELY(inside) ? word(p) & FIRST_BYTES[length] : few_bytes(p, length);                         \
+            } else if (LIKELY(length <= SHORT_BYTES)) {                                                              \
+                low = word(p);                                                                                       \
+                rest |= (uint32_t)(word(p + length - 8) >> (64 - 8 * (length - 8)));                                 \
+            } else {                                                                                                 \
+                if (UNLIKELY(length > INT32_MAX)) return PS_ASOF_MEMORY;                                             \
+                low = hash_long(p, length, K2);                                                                      \
+                rest = (uint32_t)(hash_long(p, length, GOLDEN) >> 40) | LONG << 24;                                  \
+                b->text[i] = p;                                                                                      \
+                b->length[i] = (uint32_t)length;                                                                     \
+                b->any_long = 1;                                                                                     \
+            }                                                                                                        \
+            uint32_t bucket = bucket_of(keys, low, rest);                                                            \
+            b->keys[i] = (sought_key){low, rest, bucket};                                                            \
+            PREFETCH(&keys->lines[bucket]);                                                                          \
+        }                                                                                                            \
+        return PS_ASOF_OK;                                                                                           \
     }
 
 TEXT_BLOCK(text_block_32, int32_t)
@@ -460,7 +464,8 @@ int ps_rows_ordered(const ps_feature_rows *rows)
 
 static inline int before(const ps_entry *a, const ps_entry *b)
 {
-    return (((__int128)a->at << 32) | a->row) < (((__int128)b->at << 32) | b->row);
+    const __int128 step = (__int128)1 << 32;
+    return a->at * step + a->row < b->at * step + b->row;
 }
 
 static int in_order(const ps_entry *e, int64_t n)

@@ -1,10 +1,10 @@
 """The point-in-time rows: 1M spine rows x 10M feature rows of 100k entities, 2 float64 features, Arrow to Arrow.
 
-Ours is asof_join with keys as strings ("e123"), one thread. Peers on the same rows, one thread each: polars join_asof
-and DuckDB ASOF on the same strings, pandas merge_asof on integer keys (its fastest form). Floor: a Numba merge pass
-over integer ids that are dense already; with unsorted rows it sorts first (stable argsort), as polars and pandas must;
-DuckDB sorts by itself. All results are compared: a peer that disagrees is an error row. Memory: peak of a new process
-over what its tables hold, both beyond the imports. Run as a script: python bench/micro/pit.py
+Ours is asof_join with keys as strings ("e123"), one thread. Peers on the same rows, one thread each, with dense int64
+keys instead, which all of them join faster: pandas merge_asof, polars join_asof, DuckDB ASOF. Floor: a Numba merge pass
+over those integers. With unsorted rows pandas, polars and the Numba merge sort first; DuckDB sorts by itself. Results
+are compared: a peer that disagrees is an error row. Memory: peak of a new process over what its tables hold, both
+beyond the imports. Run as a script: python bench/micro/pit.py
 """
 
 from __future__ import annotations
@@ -161,8 +161,10 @@ def race(in_order: bool, rounds: int) -> tuple[dict[str, float], dict[str, str |
 
     d = Data(in_order)
     spine, features = d.tables()
-    numbered = spine.append_column("row", pa.array(np.arange(SPINE)))
-    frames = pl.from_arrow(spine), pl.from_arrow(features)
+    plain_spine = spine.set_column(0, "key", pa.array(d.spine_entity))
+    plain_features = features.set_column(0, "key", pa.array(d.entity))
+    numbered = plain_spine.append_column("row", pa.array(np.arange(SPINE)))
+    frames = pl.from_arrow(plain_spine), pl.from_arrow(plain_features)
     times = d.at.view("M8[us]"), d.spine_at.view("M8[us]")
     pandas_features = pd.DataFrame({"key": d.entity, "at": times[0]} | dict(zip(COLUMNS, d.values)), copy=False)
     pandas_spine = pd.DataFrame({"key": d.spine_entity, "at": times[1]}, copy=False)
@@ -176,7 +178,7 @@ def race(in_order: bool, rounds: int) -> tuple[dict[str, float], dict[str, str |
         else (lambda: sorted_merge(loop, d)),
         "pandas": lambda: pandas_asof(pandas_spine, pandas_features, in_order),
         "polars": lambda: polars_asof(*frames, in_order),
-        "duckdb": lambda: duckdb_asof(connection, numbered, features),
+        "duckdb": lambda: duckdb_asof(connection, numbered, plain_features),
     }
     want = contenders["numba"]()
     read: dict[str, Any] = {"ours": arrays, "duckdb": duckdb_arrays, "numba": lambda out: out}
