@@ -198,9 +198,10 @@ class PipelinePlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def logged(self) -> list[int]:
-        """Slots that a score record of the event log holds: the features, then the scores of models beside."""
-        beside = [s.index for s in self.slots if s.kind == "score" and s.index != self.score]
-        return self.features + [i for i in beside if i not in self.features]
+        """Slots that a score record of the event log holds: the features that are no fields of the event, which has a
+        record of its own, then the scores of models that do not decide."""
+        beside = {step.slot for step in self.models if not step.decides} - set(self.features)
+        return [i for i in self.features if self.slots[i].kind != "field"] + sorted(beside)
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

@@ -193,7 +193,8 @@ def _score_mappings(
 
 def _tally(engine: Engine, plan: Any, run: HistoryRun, schemas: dict[int, ScoreSchema], orphans: int) -> PipelineParity:
     """Counts of every schema added up by feature name."""
-    features = [plan.slots[i].name for i in plan.features]
+    # Fields of the event are read from its own record, in serving and here: there is nothing to compare.
+    features = [plan.slots[i].name for i in plan.features if plan.slots[i].kind != "field"]
     by_name: dict[str, FeatureParity] = {name: FeatureParity(name=name, examples=[]) for name in features}
     decisions = FeatureParity(name="(decision)", examples=[])
     scores = other = 0

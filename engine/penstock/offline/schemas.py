@@ -81,7 +81,7 @@ def schemas_of(plan: Plan, texts: list[Any]) -> list[bytes]:
                 event=pipeline.event,
                 fingerprint=pipeline.fingerprint,
                 values=[(slot.name, slot.type) for slot in logged],
-                n_features=len(pipeline.features),
+                n_features=sum(slot.kind != "score" for slot in logged),
                 reads=[(read.view, read.key) for read in pipeline.reads],
                 actions=list(words.actions),
                 reasons=list(words.reasons),
