@@ -280,8 +280,11 @@ static ps_record *log_reserve(ps_log *L, uint32_t bytes, uint32_t more) {
     segment *s = L->current;
     if (__builtin_expect(failed(L), 0)) return NULL;
     if (__builtin_expect(bytes > PS_RECORD_MOST, 0)) return refuse(L, EMSGSIZE);
-    if (__builtin_expect(s->at + bytes + more > s->capacity
-                         || (__atomic_load_n(&L->roll, __ATOMIC_RELAXED) && L->used), 0)) {
+    int roll = __atomic_load_n(&L->roll, __ATOMIC_RELAXED);
+    if (__builtin_expect(roll && !L->used, 0)) {
+        __atomic_store_n(&L->roll, roll = 0, __ATOMIC_RELAXED); /* it is new already */
+    }
+    if (__builtin_expect(s->at + bytes + more > s->capacity || roll, 0)) {
         if (prelude_size(L) + bytes + more > L->segment_bytes) return refuse(L, EMSGSIZE);
         int error = begin_segment(L, s->number + 1);
         if (error) return refuse(L, error);
