@@ -19,12 +19,17 @@ from .definitions import (
     by_arm,
     on_demand_feature_view,
 )
-from .errors import DefinitionError, EngineError, EventError, PenstockError, ReplayNeeded, ScoringError
+from .errors import DefinitionError, EngineError, EventError, LogError, PenstockError, ReplayNeeded, ScoringError
 from .timestamp import Timestamp
 
 if TYPE_CHECKING:
     from ._ext.decision import Decision
     from .engine import Engine, FeatureRows
+    from .offline.asof import FeatureTable, asof_join, asof_join_files
+    from .offline.options import LogOptions
+    from .offline.parity import ParityReport, parity
+    from .offline.replay import backfill
+    from .offline.training import training_set
 
 __version__ = "0.1.0"
 
@@ -40,29 +45,48 @@ __all__ = [
     "EventError",
     "Experiment",
     "FeatureRows",
+    "FeatureTable",
     "FeatureView",
     "Lifetime",
+    "LogError",
+    "LogOptions",
     "Model",
     "OnDemandFeatureView",
+    "ParityReport",
     "PenstockError",
     "Pipeline",
     "ReplayNeeded",
     "Rule",
     "ScoringError",
     "Timestamp",
+    "asof_join",
+    "asof_join_files",
+    "backfill",
     "by_arm",
     "on_demand_feature_view",
+    "parity",
+    "training_set",
 ]
+
+# Imported when first asked for: an app that only defines things does not wait for numpy and the kernels.
+_LATER = {
+    "Decision": "_ext.decision",
+    "Engine": "engine",
+    "FeatureRows": "engine",
+    "FeatureTable": "offline.asof",
+    "LogOptions": "offline.options",
+    "ParityReport": "offline.parity",
+    "asof_join": "offline.asof",
+    "asof_join_files": "offline.asof",
+    "backfill": "offline.replay",
+    "parity": "offline.parity",
+    "training_set": "offline.training",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # The engine imports numpy and the kernels; an app that only defines things does not wait for them.
-    if name in ("Engine", "FeatureRows"):
-        from . import engine
+    if name in _LATER:
+        from importlib import import_module
 
-        return getattr(engine, name)
-    if name == "Decision":
-        from ._ext.decision import Decision
-
-        return Decision
+        return getattr(import_module(f".{_LATER[name]}", __name__), name)
     raise AttributeError(f"module 'penstock' has no attribute {name!r}")

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +28,11 @@ from .options import LogOptions
 if TYPE_CHECKING:
     from .log_folder import LogFolder
 
-__all__ = ["Keeper", "main", "start_keeper", "take_snapshot"]
+__all__ = ["Keeper", "main", "one_round", "start_keeper", "take_snapshot"]
 
 LOOK_EVERY = 1.0  # seconds between two looks at the folder
-MOST_OFTEN = 5.0  # seconds between two rounds
+MOST_OFTEN = 30.0  # seconds between two rounds
+AT_LEAST = 600.0  # seconds after which a closed segment is worth a round
 
 
 class Keeper:
@@ -37,15 +41,16 @@ class Keeper:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
 
-    def stop(self, timeout: float = 30.0) -> None:
-        """Let the round under way finish, and end the keeper."""
+    def stop(self, timeout: float = 2.0) -> None:
+        """End the keeper; a round that does not finish in time is ended with it, and leaves nothing behind."""
         if self.process.stdin is not None:
             with contextlib.suppress(OSError):
                 self.process.stdin.close()
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     @property
@@ -67,6 +72,14 @@ def start_keeper(folder: LogFolder, options: LogOptions) -> Keeper:
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )
     return Keeper(process)
+
+
+@contextlib.contextmanager
+def one_round(path: Path) -> Iterator[None]:
+    """Rounds of one folder come one after the other: snapshots, compaction, retention, erasure."""
+    with (path / "keeper.lock").open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def take_snapshot(path: str | Path, progress: Any = None) -> Path | None:
@@ -116,17 +129,17 @@ def round_of(path: str | Path, options: LogOptions) -> None:
     from .options import parse_retention
     from .retention import retain
 
-    take_snapshot(path)
-    compact(path, options.parquet)
-    keep = parse_retention(options.retention)
-    if keep is not None:
-        retain(path, keep)
+    with one_round(Path(path)):
+        take_snapshot(path)
+        compact(path, options.parquet)
+        keep = parse_retention(options.retention)
+        if keep is not None:
+            retain(path, keep)
 
 
-def _log_bytes(path: Path) -> tuple[int, int]:
-    """(number of closed segments' bytes ever, number of the newest segment): grows as the log does."""
-    numbers = sorted(int(name[:12]) for name in os.listdir(path / "segments") if name.endswith(".log"))
-    return len(numbers), numbers[-1] if numbers else 0
+def _newest(path: Path) -> int:
+    """Number of the newest segment."""
+    return max((int(name[:12]) for name in os.listdir(path / "segments") if name.endswith(".log")), default=0)
 
 
 def _used(path: Path, number: int) -> int:
@@ -143,23 +156,24 @@ def _used(path: Path, number: int) -> int:
 
 def _watch(path: Path, options: LogOptions) -> None:
     """Look at the folder until stdin ends; start a round when the log has grown enough, or a segment was closed."""
-    last_number, last_bytes, last_round = None, 0, 0.0
-    grown = 0
+    last_number, last_bytes = None, 0
+    grown, closed = 0, False
+    last_round = time.monotonic() - MOST_OFTEN
     while True:
         ended, _, _ = select.select([sys.stdin], [], [], LOOK_EVERY)
-        _, number = _log_bytes(path)
+        number = _newest(path)
         used = _used(path, number)
         if last_number is None:
             last_number, last_bytes = number, used
         grown += (number - last_number) * options.segment_bytes + used - last_bytes
-        closed = number != last_number
+        closed = closed or number != last_number
         last_number, last_bytes = number, used
         if ended:
             return
         now = time.monotonic()
-        due = grown >= options.snapshot_bytes or (closed and options.snapshot_bytes <= options.segment_bytes)
-        if due and now - last_round >= MOST_OFTEN:
-            grown, last_round = 0, now
+        waited = now - last_round
+        if waited >= MOST_OFTEN and (grown >= options.snapshot_bytes or (closed and waited >= AT_LEAST)):
+            grown, closed, last_round = 0, False, now
             command = [sys.executable, "-m", "penstock.offline.keeper", str(path), "--once"]
             command += ["--options", msgspec.json.encode(options).decode()]
             result = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)

@@ -29,7 +29,7 @@ class LogOptions(msgspec.Struct, frozen=True, kw_only=True):
     segment_bytes: int = 64 << 20
     segment_seconds: float = 3600.0
     keeper: bool = True
-    snapshot_bytes: int = 256 << 20
+    snapshot_bytes: int = 1 << 30
     parquet: str | None = None
     retention: str | None = None
 

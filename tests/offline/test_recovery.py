@@ -1,0 +1,144 @@
+"""Recovery: snapshot plus tail gives the state, the ids and the counters' absence that the log says; the keeper works.
+
+Damage, kills and changed schemas are in test_damage.py, test_crash.py and test_schema_change.py.
+"""
+
+import time
+
+import msgspec
+import pytest
+from offline.shop_log import OPTIONS, SHOP, START, fill
+
+from penstock import Engine, LogError
+from penstock.offline.keeper import take_snapshot
+from penstock.offline.log_folder import LogFolder
+
+KEYS = [f"c{i}" for i in range(20)]
+LATER = START + 10**11
+
+
+def state(engine):
+    views = {"spend": KEYS, "logins": KEYS, "shops": list(range(-3, 4))}
+    return {v: (found.rows, found.statuses) for v, k in views.items() for found in [engine.features(v, k, as_of=LATER)]}
+
+
+def grown(tmp_path, *snapshots, n=300):
+    """A log with a snapshot after some of the orders; the state that a live engine had at its end."""
+    with Engine(str(SHOP), log=tmp_path / "log", log_options=OPTIONS) as engine:
+        done = 0
+        for at in [*snapshots, n]:
+            fill(engine, at - done, seed=at, first=done)
+            done = at
+            if at in snapshots:
+                assert take_snapshot(tmp_path / "log") is not None
+        return state(engine), engine.core.next_sequence, [engine.core.watermark(i) for i in range(2)]
+
+
+@pytest.mark.parametrize("snapshots", [(), (100,), (100, 200), (50, 120, 180, 299)])
+def test_state_is_what_it_was(tmp_path, snapshots):
+    was, following, watermarks = grown(tmp_path, *snapshots)
+    with Engine(str(SHOP), log=tmp_path / "log", log_options=OPTIONS) as engine:
+        assert state(engine) == was
+        assert engine.core.next_sequence == following
+        assert [engine.core.watermark(i) for i in range(2)] == watermarks
+        assert all(n == 0 for counts in engine.stats()["outcomes"].values() for n in counts.values())
+        assert engine.recovery.snapshot is None if not snapshots else engine.recovery.snapshot < following - 1
+        assert engine.recovery.events == following - 1 - (engine.recovery.snapshot if snapshots else -1)
+        assert not engine.recovery.damages
+        # And it goes on as if nothing had been.
+        fill(engine, 50, seed=9, first=300)
+        on = state(engine)
+    with Engine(str(SHOP), log=tmp_path / "log", log_options=OPTIONS) as engine:
+        assert state(engine) == on
+
+
+def test_a_repeated_event_gives_its_first_decision_after_a_restart(tmp_path):
+    event = {"id": "same", "customer": "c", "shop": 1, "amount": 2.0, "note": None, "at": START}
+    with Engine(str(SHOP), log=tmp_path / "log", log_options=OPTIONS) as engine:
+        first = engine.score(event, pipeline="orders")
+        engine.ingest({**event, "id": "in"}, "Order")
+    with Engine(str(SHOP), log=tmp_path / "log", log_options=OPTIONS) as engine:
+        again = engine.score(event, pipeline="orders")
+        assert (again.id, again.action, again.outcome) == (first.id, first.action, "duplicate")
+        assert engine.ingest({**event, "id": "in"}, "Order") == "duplicate"
+        assert engine.features("spend", ["c"], as_of=START).rows[0]["spend.count_1h"] == 2
+    assert take_snapshot(tmp_path / "log") is not None
+    with Engine(str(SHOP), log=tmp_path / "log", log_options=OPTIONS) as engine:
+        assert engine.recovery.events == 0
+        assert engine.score(event, pipeline="orders").id == first.id
+
+
+def test_changed_layouts_are_rebuilt_and_the_others_loaded(tmp_path):
+    was, _, _ = grown(tmp_path, 200)
+    app = tmp_path / "changed.py"
+    app.write_text(
+        SHOP.read_text().replace('Aggregation("count", windows=["1h"]),', 'Aggregation("count", windows=["1h", "1d"]),')
+    )
+    with Engine(str(app), log=tmp_path / "log", log_options=OPTIONS) as engine:
+        assert engine.recovery.rebuilt == ["Order by shop"]
+        assert sorted(engine.recovery.loaded) == ["Login by customer", "Order by customer"]
+        assert any("rebuilt from" in line for line in engine.recovery.lines())
+        now = state(engine)
+        assert now["spend"] == was["spend"]
+        assert now["logins"] == was["logins"]
+        for row, old in zip(now["shops"][0], was["shops"][0]):
+            assert {k: row[k] for k in old} == old
+            assert row["shops.count_1d"] is not None
+    with Engine(
+        str(app), log=tmp_path / "log", log_options=msgspec.structs.replace(OPTIONS, start_cold=True)
+    ) as engine:
+        assert engine.recovery.cold == ["Order by shop"]
+        assert state(engine)["spend"] == was["spend"]
+        assert any("started empty as asked: Order by shop" in line for line in engine.recovery.lines())
+
+
+def test_cold_without_a_snapshot_keeps_watermarks_and_ids(tmp_path):
+    _, following, watermarks = grown(tmp_path)
+    with Engine(
+        str(SHOP), log=tmp_path / "log", log_options=msgspec.structs.replace(OPTIONS, start_cold=True)
+    ) as engine:
+        assert len(engine.recovery.cold) == 3
+        assert engine.core.next_sequence == following
+        assert [engine.core.watermark(i) for i in range(2)] == watermarks
+        assert engine.stats()["stores"][0]["entities"] == 0
+        repeated = {"id": "o299", "customer": "c1", "shop": 1, "amount": 2.0, "note": None, "at": watermarks[0]}
+        assert engine.score(repeated, pipeline="orders").outcome == "duplicate"
+
+
+def test_segments_that_are_missing_are_missed(tmp_path):
+    options = msgspec.structs.replace(OPTIONS, segment_bytes=1 << 16)
+    with Engine(str(SHOP), log=tmp_path / "log", log_options=options) as engine:
+        fill(engine, 900)
+    folder = LogFolder(tmp_path / "log")
+    numbers = folder.numbers()
+    assert len(numbers) > 4
+    kept = folder.segment_path(numbers[2]).read_bytes()
+    folder.segment_path(numbers[2]).unlink()
+    with pytest.raises(LogError, match="missing"):
+        Engine(str(SHOP), log=tmp_path / "log", log_options=options)
+    folder.segment_path(numbers[2]).write_bytes(kept)
+    folder.segment_path(numbers[0]).unlink()
+    with pytest.raises(LogError, match="missing|begins"):
+        Engine(str(SHOP), log=tmp_path / "log", log_options=options)
+
+
+def test_the_keeper_takes_snapshots_and_ends_with_its_parent(tmp_path):
+    options = msgspec.structs.replace(OPTIONS, keeper=True, snapshot_bytes=1 << 16)
+    engine = Engine(str(SHOP), log=tmp_path / "log", log_options=options)
+    process = engine._keeper.process
+    try:
+        for i in range(120):
+            fill(engine, 20, seed=i, first=20 * i)
+            engine.sync()
+            if list((tmp_path / "log" / "snapshots").glob("[0-9]*/manifest.json")):
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("no snapshot within 12 s")
+        was = state(engine)
+    finally:
+        engine.close()
+    assert process.poll() is not None
+    with Engine(str(SHOP), log=tmp_path / "log", log_options=OPTIONS) as engine:
+        assert engine.recovery.snapshot is not None
+        assert state(engine) == was
