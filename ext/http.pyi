@@ -4,6 +4,8 @@ from asyncio import Protocol
 from collections.abc import Callable
 from typing import Any, Final, TypedDict
 
+from .log import EventLog
+
 Handler = Callable[[str, bytes], tuple[int, bytes, bytes]]
 
 STATUSES: Final[tuple[int, ...]]
@@ -56,6 +58,8 @@ class HttpServer:
     """What the connections of one server share. Called without arguments it makes the protocol of a new connection."""
 
     draining: bool
+    event_log: EventLog | None
+    unsynced: int
     reuse_heads: bool
     def __init__(
         self,

@@ -134,7 +134,7 @@ class Engine:
             self.core.log.wait()
 
     def close(self) -> None:
-        """Sync and close the event log and let its folder go. The engine can still be read, but takes no more events."""
+        """Sync and close the event log and let its folder go. Reads go on, events are refused."""
         if self._keeper is not None:
             self._keeper.stop()
             self._keeper = None

@@ -54,7 +54,7 @@ def raw_records(folder: Path) -> list[tuple[str, int, bytes]]:
 
 
 def rewritten(folder: Path, change: Callable[[list[tuple[str, int, bytes]]], list[tuple[str, int, bytes]]]) -> None:
-    """Write the log's only segment anew with its records as `change` gives them: a whole log that tells another story."""
+    """Write the log's only segment anew with its records as `change` gives them: a whole log of another story."""
     logs = LogFolder(folder)
     number = logs.numbers()[0]
     records = change(raw_records(folder))

@@ -42,7 +42,7 @@ class Served:
 
     def end(self, number=signal.SIGTERM):
         self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=20)
+        _, err = self.process.communicate(timeout=20)
         return self.process.returncode, err
 
 

@@ -14,6 +14,7 @@ from ..terminal import Progress, table
 
 __all__ = ["main"]
 
+
 def main(command: str, arguments: Sequence[str]) -> int:
     """Run one of the offline commands; returns the exit code."""
     sys.path.insert(0, "")
@@ -21,7 +22,9 @@ def main(command: str, arguments: Sequence[str]) -> int:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"penstock {command}", description=OFFLINE[command].capitalize() + ".", allow_abbrev=False)
+    return argparse.ArgumentParser(
+        prog=f"penstock {command}", description=OFFLINE[command].capitalize() + ".", allow_abbrev=False
+    )
 
 
 def _parity(arguments: list[str]) -> int:
@@ -109,7 +112,9 @@ def _log_status(given: Any) -> None:
         rows.append([segment.path.name, f"{segment.size:,}", f"{first}", f"{last}"])
     print(f"log {folder.log_id} in {folder.path}")
     print(table(["segment", "bytes", "first event", "last event"], rows) if rows else "no segments")
-    snapshots = sorted(p for p in folder.snapshots_path.glob("*") if p.name[0] != ".") if folder.snapshots_path.is_dir() else []
+    snapshots = (
+        sorted(p for p in folder.snapshots_path.glob("*") if p.name[0] != ".") if folder.snapshots_path.is_dir() else []
+    )
     if snapshots:
         print()
         print(

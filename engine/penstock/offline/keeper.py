@@ -1,7 +1,7 @@
 """The keeper (control path): a child process that takes snapshots, compacts closed segments and drops old history.
 
-It reads the log folder as it grows and never asks the serving process for anything, so scoring is not held up: a snapshot
-is the one before plus the log's tail, replayed here. Each round runs in a process of its own, which gives its memory
+It reads the log folder as it grows and never asks the serving process for anything, so scoring is not held up: a
+snapshot is the one before plus the log's tail, replayed here. Each round runs in a process of its own, which gives its memory
 back. What must stay true: a round that is killed at any point leaves the folder as it was, or better; the keeper ends
 when its parent does.
 """
@@ -83,8 +83,8 @@ def one_round(path: Path) -> Iterator[None]:
 
 
 def take_snapshot(path: str | Path, progress: Any = None) -> Path | None:
-    """Write a snapshot of a log folder's state as of now, from the newest snapshot and the log's tail; the folder may be
-    in use. Returns the snapshot's folder, or None where nothing is new or there is no state."""
+    """Write a snapshot of a log folder's state as of now, from the newest snapshot and the log's tail; the folder may
+    be in use. Returns the snapshot's folder, or None where nothing is new or there is no state."""
     from ..engine import Engine
     from ..features.layouts import plan_from_layouts
     from ..features.snapshot import SnapshotPosition, prune, write_snapshot

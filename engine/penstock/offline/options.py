@@ -1,4 +1,4 @@
-"""How an engine keeps its log (control path): one typed struct, and what its texts mean. Reads nothing, opens nothing."""
+"""How an engine keeps its log (control path): one typed struct, and what its texts mean. Opens nothing."""
 
 from __future__ import annotations
 

@@ -76,7 +76,9 @@ class ParityReport(msgspec.Struct, kw_only=True):
 
     @property
     def ok(self) -> bool:
-        return not any(f.mismatched for p in self.pipelines for f in [*p.features, *([p.decisions] if p.decisions else [])])
+        return not any(
+            f.mismatched for p in self.pipelines for f in [*p.features, *([p.decisions] if p.decisions else [])]
+        )
 
     def __str__(self) -> str:
         lines: list[str] = []
@@ -133,8 +135,7 @@ def parity(
     first = _engine(app, models)
     names = pipelines if pipelines is not None else list(first.plan.pipelines)
     events = 0
-    passes = 0
-    for name in names:
+    for passes, name in enumerate(names):
         engine = first if not passes else _engine(app, models)
         if name not in engine.plan.pipelines:
             raise LogError(f"no pipeline {name!r} in the app")
@@ -166,7 +167,6 @@ def parity(
         totals = run.totals
         events = totals["events"]
         found.append(_tally(engine, plan, run, schemas, totals["orphans"]))
-        passes += 1
     return ParityReport(log=str(log), events=events, pipelines=found, history_begins=max(0, history.first_sequence))
 
 
@@ -177,9 +177,7 @@ def _engine(app: App, models: str | Path | None) -> Engine:
     return Engine(plan, models=models, clock="event", features_only=has_models and models is None)
 
 
-def _score_mappings(
-    engine: Engine, schemas: list[Any], pipeline: str, seen: dict[int, ScoreSchema]
-) -> list[Any]:
+def _score_mappings(engine: Engine, schemas: list[Any], pipeline: str, seen: dict[int, ScoreSchema]) -> list[Any]:
     """Mappings of a piece; only one pipeline's scores are compared."""
     mappings = mappings_of(engine, schemas)
     for i, schema in enumerate(schemas):

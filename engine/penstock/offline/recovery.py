@@ -30,6 +30,7 @@ __all__ = ["LogOptions", "RecoveryReport", "mappings_of", "open_log", "recover_s
 
 Progress = Callable[[int, int], None]
 
+
 class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
     """What opening a log found and did. seconds: of the whole; events: replayed from the log's tail; rebuilt: layouts
     computed anew from history (events of it in `history_events`); cold: layouts that start empty."""
@@ -149,7 +150,9 @@ def recover_state(
         loaded, position = set(snapshot.loaded), snapshot.position
         at = position.sequence
     if position is not None and position.log_id != folder.log_id:
-        raise LogError(f"{folder.snapshots_path}: the snapshots are of another log; move them away to rebuild the state")
+        raise LogError(
+            f"{folder.snapshots_path}: the snapshots are of another log; move them away to rebuild the state"
+        )
     if at > history.last_sequence:
         raise LogError(
             f"{folder.path}: the snapshot is of event {at}, but the log ends with event {history.last_sequence}; "
@@ -249,10 +252,11 @@ def _recover_ids(replay: _Replay, engine: Engine, history: History, last: int) -
     if not events:
         return
     reach = {e.name: e.options.lateness + e.options.retry_window for e in events}
-    now = {e.name: engine.core.watermark(e.index) for e in events}
-    first = history.first_sequence_with(lambda marks: all(
-        now[name] is None or name not in marks or marks[name] < now[name] - reach[name] for name in reach
-    ))
+    marks = {e.name: engine.core.watermark(e.index) for e in events}
+    oldest = {name: mark - reach[name] for name, mark in marks.items() if mark is not None}
+    first = history.first_sequence_with(
+        lambda marks: all(name not in marks or marks[name] < since for name, since in oldest.items())
+    )
     core = engine.core_of(set())
     replay.run(core, first, last, True, -1)
     engine.core.take_ids(core)

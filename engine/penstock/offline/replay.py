@@ -1,6 +1,7 @@
 """History through a whole engine (control path): features of every logged event or score, each at its own (T, K).
 
-`backfill` computes a pipeline's features of today over history; `parity` (parity.py) compares them with what was served.
+`backfill` computes a pipeline's features of today over history; `parity` (parity.py) compares them with what was
+served.
 What must stay true: events are applied as they were judged, in log order, by the kernel that scores, so that a row has
 the bits that scoring at that moment would have given it.
 """
@@ -37,7 +38,9 @@ def the_pipeline(engine: Engine, name: str | None) -> PipelinePlan:
     if name is None and len(pipelines) == 1:
         return next(iter(pipelines.values()))
     if name is None or name not in pipelines:
-        raise PenstockError(f"say which pipeline{'' if name is None else f', not {name!r}'}{suggestion(name or '', pipelines)}")
+        raise PenstockError(
+            f"say which pipeline{'' if name is None else f', not {name!r}'}{suggestion(name or '', pipelines)}"
+        )
     return pipelines[name]
 
 
@@ -75,10 +78,10 @@ def backfill(
 ) -> Any:
     """A pipeline's features over all of history, as scoring would have computed them at each event.
 
-    spine: "events" gives a row per logged event of the pipeline's type, "scores" a row per logged score. features: names
-    to keep (default all). out: a Parquet file to write; else the table is returned.
-    Columns: `_sequence`, `_ingest_time`, `_outcome` (and `id`, the decision's, for scores), the event's fields, then the
-    features. Memory is bounded by the state and a piece of the output, where `out` is given.
+    spine: "events" gives a row per logged event of the pipeline's type, "scores" a row per logged score. features:
+    names to keep (default all). out: a Parquet file to write; else the table is returned.
+    Columns: `_sequence`, `_ingest_time`, `_outcome` (and `id`, the decision's, for scores), the event's fields, then
+    the features. Memory is bounded by the state and a piece of the output, where `out` is given.
     Raises LogError where history cannot be read.
     """
     if spine not in ("events", "scores"):
@@ -110,8 +113,7 @@ def backfill(
     try:
         for rows, texts, ids in run_history(engine, history, run, progress):
             arrays = [
-                array if text is not None else array.slice(0, rows)
-                for array, text in zip(columns.arrays(texts), texts)
+                array if text is not None else array.slice(0, rows) for array, text in zip(columns.arrays(texts), texts)
             ]
             names = [slot.name for slot in slots]
             leading = {

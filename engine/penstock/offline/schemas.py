@@ -1,7 +1,7 @@
 """Schemas of the event log (control path): what the records of a segment hold, and how the app of today reads them.
 
-A segment begins with one JSON schema per event type and per pipeline. What must stay true: a field whose type changed is
-refused with the difference; an added optional field reads as null or its default, a removed one is passed over.
+A segment begins with one JSON schema per event type and per pipeline. What must stay true: a field whose type changed
+is refused with the difference; an added optional field reads as null or its default, a removed one is passed over.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def schemas_of(plan: Plan, texts: list[Any]) -> list[bytes]:
 def read_schema(data: bytes) -> Schema:
     """A schema from the body of its record. Raises LogError where it is none."""
     try:
-        return msgspec.json.decode(data, type=Schema)
+        schema: Schema = msgspec.json.decode(data, type=Schema)
+        return schema
     except msgspec.DecodeError as error:
         raise LogError(f"a schema of the log cannot be read: {error}") from None
 
@@ -134,7 +135,9 @@ def _default(field: Any) -> Any:
     return int(Timestamp.of(field.default))
 
 
-def score_mapping(schema: ScoreSchema, plan: Plan, pipeline: PipelinePlan | None, models: list[Any] | None) -> ScoreMapping:
+def score_mapping(
+    schema: ScoreSchema, plan: Plan, pipeline: PipelinePlan | None, models: list[Any] | None
+) -> ScoreMapping:
     """How score records of a schema are compared with a pipeline of today; with None they are passed over.
 
     models: (name, version) of the pipeline's models, in the order of its decisions' numbers; None: they do not run.

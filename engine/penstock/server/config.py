@@ -41,7 +41,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str, Meta(description="always: an answer waits for its sync; 10ms: a power cut loses at most that; never")
     ] = "10ms"
     log_scores: Annotated[float, Meta(ge=0, le=1, description="share of the keys whose scores are logged")] = 1.0
-    log_parquet: Annotated[str | None, Meta(description="where history is kept as Parquet: a folder or s3://...")] = None
+    log_parquet: Annotated[str | None, Meta(description="where history is kept as Parquet: a folder or s3://...")] = (
+        None
+    )
     log_retention: Annotated[str | None, Meta(description="how long history is kept, for example 90d; for ever")] = None
     snapshot_bytes: Annotated[int, Meta(ge=1 << 20, description="of log between two snapshots of state")] = 1 << 30
     start_cold: Annotated[bool, Meta(description="start layouts that changed empty, not rebuilt from the log")] = False

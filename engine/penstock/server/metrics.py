@@ -216,7 +216,12 @@ class Metrics:
                 "Decisions that found no room in the log.",
                 self.engine.core.scores_not_logged,
             ),
-            ("penstock_clock_steps_total", "counter", "Times that the clock was set by over a second.", stats.clock_steps),
+            (
+                "penstock_clock_steps_total",
+                "counter",
+                "Times that the clock was set by over a second.",
+                stats.clock_steps,
+            ),
         ):
             _one(lines, name, kind, about, value)
 

@@ -131,7 +131,11 @@ def build_server(engine: Engine, config: ServerConfig, state: dict[str, bool]) -
 
 def engine_status(engine: Engine) -> dict[str, Any]:
     """What an operator asks first: the plan's fingerprint, the state's size, what recovery did, how the log stands."""
-    status: dict[str, Any] = {"app": engine.plan.app, "plan": engine.plan.fingerprint, "stores": engine.stats()["stores"]}
+    status: dict[str, Any] = {
+        "app": engine.plan.app,
+        "plan": engine.plan.fingerprint,
+        "stores": engine.stats()["stores"],
+    }
     log = engine.core.log
     if log is not None and engine.recovery is not None:
         recovery = engine.recovery
@@ -145,7 +149,12 @@ def engine_status(engine: Engine) -> dict[str, Any]:
             "said": recovery.lines(),
         }
         sync = {0: "always", -1: "never"}.get(log.sync_us, f"every {log.sync_us / 1000:g} ms")
-        status["log"] = {"folder": log.folder, "sync": sync, **log.stats()._asdict(), "next_event": engine.core.next_sequence}
+        status["log"] = {
+            "folder": log.folder,
+            "sync": sync,
+            **log.stats()._asdict(),
+            "next_event": engine.core.next_sequence,
+        }
     return status
 
 
