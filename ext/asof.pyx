@@ -243,7 +243,7 @@ cdef class FeatureRows:
         cdef int64_t row = -1, n = end - start
         cdef int code = 0
         cdef const ps_entry *entries = NULL
-        if ids.shape[0] != times.shape[0] or found.shape[0] != times.shape[0] or not 0 <= start <= end <= times.shape[0]:
+        if not ids.shape[0] == found.shape[0] == times.shape[0] or not 0 <= start <= end <= times.shape[0]:
             raise ValueError("ids, times and found have one entry per spine row")
         if order is not None and order.n != times.shape[0]:
             raise ValueError("the order is of other times")
@@ -334,15 +334,13 @@ cdef class Values:
         free(self.segments)
 
     cdef int check(self, const uint32_t[::1] found, const uint8_t[::1] validity, const int8_t[::1] statuses) except -1:
-        cdef int64_t i
-        cdef uint32_t most = 0
+        cdef int64_t i, n = found.shape[0], past = 0
         with nogil:
-            for i in range(found.shape[0]):
-                if most < found[i] < PS_ASOF_AGED:
-                    most = found[i]
-        if most >= self.rows and (self.rows or most):
+            for i in range(n):
+                past |= (found[i] >= self.rows) & (found[i] < PS_ASOF_AGED)
+        if past:
             raise ValueError("a row that the column does not have")
-        if validity.shape[0] < (found.shape[0] + 7) // 8 or (statuses is not None and statuses.shape[0] != found.shape[0]):
+        if validity.shape[0] < (n + 7) // 8 or (statuses is not None and statuses.shape[0] != n):
             raise ValueError("one entry per spine row")
         return 0
 

@@ -1,8 +1,8 @@
 /* asof_join.c (hot path): point-in-time join over Arrow buffers; see asof_join.h for the contract and the words.
  *
- * Keys are hashed where they lie, PS_ASOF_BLOCK at a time: first words and hashes of the whole block, each asking for its
- * table line, then the comparisons, so that cache misses overlap. What must stay true: a key is found only if all its
- * bytes are equal; up to 11 bytes they stand in the table line itself, longer ones in the text of the ps_keys.
+ * Keys are hashed where they lie, PS_ASOF_BLOCK at a time: first words and hashes of the whole block, each asking for
+ * its table line, then the comparisons, so that cache misses overlap. What must stay true: a key is found only if all
+ * its bytes are equal; up to 11 bytes they stand in the table line itself, longer ones in the text of the ps_keys.
  */
 #include "asof_join.h"
 
@@ -244,7 +244,8 @@ static void check_long(const ps_keys *keys, const key_block *b, int n, uint32_t 
     for (int i = 0; i < n; i++)
         if (IS_LONG(i)) PREFETCH(&keys->text[keys->places[ids[i]]]);
     for (int i = 0; i < n; i++)
-        if (IS_LONG(i) && UNLIKELY(!same_text(keys, ids[i], b->text[i], b->length[i]))) ids[i] = line_of(keys, b, i)->id;
+        if (IS_LONG(i) && UNLIKELY(!same_text(keys, ids[i], b->text[i], b->length[i])))
+            ids[i] = line_of(keys, b, i)->id;
 #undef IS_LONG
 }
 
@@ -321,7 +322,8 @@ static int grow(void **memory, int64_t *room, int64_t need)
 static int keep_text(ps_keys *keys, uint32_t id, const uint8_t *text, uint32_t length)
 {
     int64_t end = keys->text_bytes + (int64_t)sizeof length + length;
-    if (grow((void **)&keys->places, &keys->places_room, ((int64_t)id + 1) * (int64_t)sizeof *keys->places)) return PS_ASOF_MEMORY;
+    int64_t places = ((int64_t)id + 1) * (int64_t)sizeof *keys->places;
+    if (grow((void **)&keys->places, &keys->places_room, places)) return PS_ASOF_MEMORY;
     if (grow((void **)&keys->text, &keys->text_room, end)) return PS_ASOF_MEMORY;
     keys->places[id] = keys->text_bytes;
     memcpy(keys->text + keys->text_bytes, &length, sizeof length);
@@ -356,7 +358,8 @@ static inline int64_t dictionary_id(const ps_key_column *c, int64_t at)
     return LIKELY((uint64_t)index < (uint64_t)c->n_ids) ? (int64_t)c->ids[index] : -1;
 }
 
-static int dictionary_ids(const ps_key_column *c, int64_t start, int64_t n, uint32_t missing, uint32_t *ids, int64_t *at)
+static int dictionary_ids(const ps_key_column *c, int64_t start, int64_t n, uint32_t missing, uint32_t *ids,
+                          int64_t *at)
 {
     int64_t base = c->offset + start;
     for (int64_t i = 0; i < n; i++) {
@@ -377,7 +380,8 @@ static int dictionary_ids(const ps_key_column *c, int64_t start, int64_t n, uint
 int ps_keys_add(ps_keys *keys, const ps_key_column *c, uint32_t *ids, int64_t *at_row)
 {
     key_block b;
-    if (c->kind & PS_ASOF_DICTIONARY) return ids ? dictionary_ids(c, 0, c->length, PS_ASOF_NO_ID, ids, at_row) : PS_ASOF_OK;
+    if (c->kind & PS_ASOF_DICTIONARY) /* its values were added before */
+        return ids ? dictionary_ids(c, 0, c->length, PS_ASOF_NO_ID, ids, at_row) : PS_ASOF_OK;
     for (int64_t start = 0; start < c->length; start += BLOCK) {
         int n = c->length - start < BLOCK ? (int)(c->length - start) : BLOCK;
         int code = make_room(keys);
@@ -485,7 +489,8 @@ static void insertion_sort(ps_entry *e, int64_t n)
     }
 }
 
-static void merge_runs(const ps_entry *a, const ps_entry *a_end, const ps_entry *b, const ps_entry *b_end, ps_entry *out)
+static void merge_runs(const ps_entry *a, const ps_entry *a_end, const ps_entry *b, const ps_entry *b_end,
+                       ps_entry *out)
 {
     while (a < a_end && b < b_end) {
         int64_t second = before(b, a);
@@ -515,8 +520,8 @@ static void merge_sort(ps_entry *e, int64_t n, ps_entry *room)
     if (from != e) memcpy(e, from, (size_t)n * sizeof *e);
 }
 
-/* In place, by the highest 8 bits in which entries differ (American flag sort: McIlroy, Bostic, McIlroy 1993), then each
- * part again. Every level takes 8 bits off the range, of the times first and then of the row numbers. */
+/* In place, by the highest 8 bits in which entries differ (American flag sort: McIlroy, Bostic, McIlroy 1993), then
+ * each part again. Every level takes 8 bits off the range, of the times first and then of the row numbers. */
 static void flag_sort(ps_entry *e, int64_t n, ps_entry *room)
 {
     if (in_order(e, n)) return;
@@ -722,13 +727,14 @@ void ps_index_free(ps_index *index)
 }
 
 /* The segment of a row, which is often that of the row before. */
-#define LOCATE(SEGMENTS, N, ROW, HINT)                                                                                \
+#define LOCATE(SEGMENTS, N, ROW, HINT)                                                                               \
     do {                                                                                                              \
-        if (UNLIKELY((uint64_t)((int64_t)(ROW) - (SEGMENTS)[HINT].first) >= (uint64_t)SEGMENT_ROWS((SEGMENTS)[HINT]))) { \
+        int64_t row_ = (int64_t)(ROW), into_ = row_ - (SEGMENTS)[HINT].first;                                         \
+        if (UNLIKELY((uint64_t)into_ >= (uint64_t)SEGMENT_ROWS((SEGMENTS)[HINT]))) {                                  \
             int64_t low_ = 0, high_ = (N);                                                                            \
             while (high_ - low_ > 1) {                                                                                \
                 int64_t middle_ = (low_ + high_) / 2;                                                                 \
-                if ((SEGMENTS)[middle_].first <= (int64_t)(ROW)) low_ = middle_;                                      \
+                if ((SEGMENTS)[middle_].first <= row_) low_ = middle_;                                                \
                 else high_ = middle_;                                                                                 \
             }                                                                                                         \
             HINT = low_;                                                                                              \
@@ -752,8 +758,8 @@ static void best_so_far(const ps_feature_rows *rows, ps_entry *e, int64_t n)
         LOCATE(rows->segments, rows->n_segments, row, hint);
         const ps_segment *s = &rows->segments[hint];
         int64_t event = s->event[row - s->first], ingest = s->ingest[row - s->first];
-        if (event > best.event || (event == best.event && (ingest > best.ingest || (ingest == best.ingest && row >= best.row))))
-            best = (newest_row){event, ingest, row};
+        int later_row = ingest > best.ingest || (ingest == best.ingest && row >= best.row);
+        if (event > best.event || (event == best.event && later_row)) best = (newest_row){event, ingest, row};
         e[i].row = best.row;
     }
 #undef SEGMENT_ROWS
@@ -913,7 +919,7 @@ typedef struct {
 /* Asks for the values of eight rows further on, of which a few may lie in another segment. */
 #define ASK_AHEAD(TYPE)                                                                                              \
     for (int64_t k = i + LOOK_AHEAD; k < i + LOOK_AHEAD + 8 && i + LOOK_AHEAD + 8 <= n; k++)                          \
-    PREFETCH((const TYPE *)v->segments[hint].values + (int64_t)found[k] - v->segments[hint].first + v->segments[hint].offset)
+    PREFETCH((const TYPE *)v->segments[hint].values + (found[k] - v->segments[hint].first + v->segments[hint].offset))
 
 #define GATHER(NAME, TYPE, IS_NULL)                                                                                  \
     static int64_t NAME(const ps_values *v, const uint32_t *found, int64_t n, TYPE *out, uint8_t *validity,           \

@@ -11,8 +11,8 @@
  * Two paths:
  * merge  feature rows come in the order they become available, spine rows in order of T (or are visited in it): one
  *        pass over both, holding the newest row per id. It can be called again for later spine rows.
- * index  any order: feature rows grouped by id and sorted by when they become available, 12 bytes each; a spine row is a
- *        binary search. With ingest times each entry names the best row of those up to it.
+ * index  any order: feature rows grouped by id and sorted by when they become available, 12 bytes each; a spine row is
+ *        a binary search. With ingest times each entry names the best row of those up to it.
  */
 #ifndef PENSTOCK_ASOF_JOIN_H
 #define PENSTOCK_ASOF_JOIN_H
@@ -58,8 +58,8 @@ int64_t ps_keys_count(const ps_keys *keys);
 int ps_keys_add(ps_keys *keys, const ps_key_column *column, uint32_t *ids, int64_t *at_row);
 /* Ids of n rows from `start`; `missing` for nulls and keys never added. n is at most PS_ASOF_BLOCK. */
 #define PS_ASOF_BLOCK 256
-int ps_keys_find(const ps_keys *keys, const ps_key_column *column, int64_t start, int n, uint32_t missing, uint32_t *ids,
-                 int64_t *at_row);
+int ps_keys_find(const ps_keys *keys, const ps_key_column *column, int64_t start, int n, uint32_t missing,
+                 uint32_t *ids, int64_t *at_row);
 
 typedef struct {
     ps_key_column key;
