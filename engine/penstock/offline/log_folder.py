@@ -53,7 +53,8 @@ class LogIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
 class Damage(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of a segment that are no records. kind: "tail" (what a crash leaves at the end), "unsynced" (a hole behind
-    what was on disk: a power cut), "damaged" (it was on disk, or readable records follow), "header"."""
+    what was on disk: a power cut), "damaged" (it was on disk, or readable records follow), "header", "short" (neither
+    sealed nor as long as it was made)."""
 
     path: Path
     kind: str
@@ -67,6 +68,7 @@ class Damage(msgspec.Struct, frozen=True, kw_only=True):
             "unsynced": "not everything behind the last sync reached the disk, as a power cut leaves it",
             "damaged": "damaged",
             "header": "the header is damaged",
+            "short": "the file is shorter than it was made: records may be missing",
         }[self.kind]
         follow = f"; {self.following} readable records follow" if self.following else ""
         return f"{self.path} at offset {self.offset}: {what} ({self.bytes} bytes){follow}"
@@ -332,9 +334,8 @@ class LogFolder:
             with mmap.mmap(stream.fileno(), 0) as data:
                 # The records first: a mark says that what is before it is on disk.
                 data.flush()
-                if headless:
-                    first = last_sequence + 1 if first_sequence is None else first_sequence
-                    native.put_head(memoryview(data), self.log_id, number, first, 0)
+                if headless and first_sequence is not None:
+                    native.put_head(memoryview(data), self.log_id, number, first_sequence, 0)
                 native.put_sealed(memoryview(data), end, last_sequence)
                 data.flush()
             stream.truncate(end)
@@ -368,11 +369,13 @@ class LogFolder:
                 raise LogError(f"{damage}. Nothing was changed; restore the file from a copy")
             return end, [*damages, damage], scan
         limit = sealed if sealed is not None else segment.size
-        short = segment.head is not None and sealed is None and segment.size != segment.head.capacity
         if end < synced or sealed is not None:
             damages.append(Damage(path=segment.path, kind="damaged", offset=end, bytes=max(limit, synced) - end))
-        elif short or (limit > end and any_byte(segment.data[end:limit])):
-            damages.append(Damage(path=segment.path, kind="tail", offset=end, bytes=max(limit - end, 0)))
+        elif segment.head is not None and sealed is None and segment.size != segment.head.capacity:
+            lost = max(segment.head.capacity - end, 0)
+            damages.append(Damage(path=segment.path, kind="short", offset=end, bytes=lost))
+        elif limit > end and any_byte(segment.data[end:limit]):
+            damages.append(Damage(path=segment.path, kind="tail", offset=end, bytes=limit - end))
         return end, damages, scan
 
 
