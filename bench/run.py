@@ -34,6 +34,7 @@ class Group:
     module: str
     pinned: bool
     limit: float
+    asked: bool = False  # runs only where --only names it
 
 
 GROUPS = {
@@ -43,7 +44,10 @@ GROUPS = {
     "expressions": Group("micro.expressions", True, 60),
     "windows": Group("micro.windows", True, 180),
     "engine": Group("micro.engine", True, 120),
+    "log": Group("micro.log", True, 200),
+    "pit": Group("micro.pit", True, 240),
     "http": Group("load.serving", False, 300),
+    "scale": Group("micro.scale", False, 600, asked=True),
 }
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS", "NUMBA_NUM_THREADS")
 
@@ -111,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.group:
         run_here(options.group, options.out)
         return 0
-    names = [n.strip() for n in options.only.split(",")] if options.only else list(GROUPS)
+    names = [n.strip() for n in options.only.split(",")] if options.only else [n for n in GROUPS if not GROUPS[n].asked]
     if unknown := [n for n in names if n not in GROUPS]:
         parser.error(f"--only: no such group: {', '.join(unknown)} (have {', '.join(GROUPS)})")
     print(machine())

@@ -79,7 +79,7 @@ def free_port() -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User plus system time of a process and its living descendants, in seconds, from /proc/PID/stat (10 ms steps)."""
+    """User plus system time of a process and its descendants, ended ones included, in seconds (10 ms steps)."""
     ticks = os.sysconf("SC_CLK_TCK")
     own: dict[int, tuple[int, float]] = {}
     for entry in Path("/proc").iterdir():
@@ -88,7 +88,7 @@ def cpu_seconds(pid: int) -> float:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:
                 continue
-            own[int(entry.name)] = (int(fields[1]), (int(fields[11]) + int(fields[12])) / ticks)
+            own[int(entry.name)] = (int(fields[1]), sum(map(int, fields[11:15])) / ticks)
     total, open_pids = 0.0, [pid]
     while open_pids:
         parent = open_pids.pop()

@@ -1,7 +1,7 @@
 """The HTTP rows: our server beside a constant-answer floor and FastAPI, and the cold start.
 
 The server stands on core 0 and the client on core 1; 64 keep-alive connections, no pipelining, the full fraud
-pipeline with its state in use: event times rise by 3 s per request, labels are ingested between the slices.
+pipeline with its state in use and its event and score log on: event times rise by 3 s per request, labels are ingested between the slices.
 CPU per request is user + system time of the server over a slice divided by the answers of that slice.
 Run as a script: python bench/load/serving.py
 """
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from timing import note
 
 COMMAND = "make bench ARGS='--only http'"
 BENCH = Path(__file__).resolve().parents[1]
+RESULTS = BENCH / "results"
 SCALE = 3  # 15,000 customers, 30,000 terminals, one event every 3 s
 PATH = "/v1/score/fraud"
 CONNECTIONS = 64
@@ -67,7 +70,9 @@ class Ours:
         self.port = free_port()
         self.stamp = stream.START + 30 * 86_400
         self.bodies = bodies()
-        self.server = our_server(self.port, self.stamp - 30 * 86_400)
+        RESULTS.mkdir(exist_ok=True)
+        self.folder = tempfile.mkdtemp(dir=RESULTS, prefix="served-")
+        self.server = our_server(self.port, self.stamp - 30 * 86_400, self.folder)
 
     def __enter__(self) -> Ours:
         self.server.__enter__()
@@ -77,6 +82,7 @@ class Ours:
 
     def __exit__(self, *_: object) -> None:
         self.server.__exit__()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def ingest_labels(self) -> None:
         """One label for every terminal, spread evenly over the event time since the last call."""
@@ -124,12 +130,13 @@ class Ours:
         return result
 
 
-def our_server(port: int, probe_at: int) -> Server:
+def our_server(port: int, probe_at: int, log: str) -> Server:
+    """Our server, event and score log on, a sync every 10 ms."""
     probe = {"customer": "probe", "terminal": "probe", "amount": 1.0, "at": time_text(probe_at)}
     return Server(
         [
             *(sys.executable, "-m", "penstock", "serve", str(BENCH / "app" / "fraud_bench.py")),
-            *("--port", str(port), "--models", str(train.folder() / "models")),
+            *("--port", str(port), "--models", str(train.folder() / "models"), "--log", log),
         ],
         port,
         probe=("POST", PATH, json.dumps(probe).encode()),
@@ -234,10 +241,14 @@ def fastapi_rows(ours: Ours) -> list[dict[str, Any]]:
 
 def cold_start_rows() -> list[dict[str, Any]]:
     """Process start to the first scored event, second start onward (compiled functions and files are cached)."""
+    RESULTS.mkdir(exist_ok=True)
     starts: list[float] = []
     for _ in range(4):
         port = free_port()
-        with our_server(port, stream.START) as server:
+        with (
+            tempfile.TemporaryDirectory(dir=RESULTS, prefix="cold-") as log,
+            our_server(port, stream.START, log) as server,
+        ):
             starts.append(server.started_s)
     port = free_port()
     with floor_server(port, 300) as server:
