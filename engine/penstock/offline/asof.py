@@ -207,8 +207,17 @@ def _dataset(data: Any, label: str) -> Any:
 def _batches(source: Any, rows: int, max_threads: int) -> Iterator[Any]:
     """Tables of `rows` rows in the dataset's order, the last one shorter; little is read ahead."""
     pa = pyarrow()
+    from pyarrow import dataset
+
+    # Arrow's own choice reads a whole file ahead and keeps it until its end.
+    reading = dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True, buffer_size=1 << 20)
     scanner = source.scanner(
-        batch_size=rows, batch_readahead=1, fragment_readahead=1, use_threads=max_threads > 1, cache_metadata=False
+        batch_size=rows,
+        batch_readahead=1,
+        fragment_readahead=1,
+        fragment_scan_options=reading,
+        use_threads=max_threads > 1,
+        cache_metadata=False,
     )
     held: list[Any] = []
     count = 0
