@@ -1,7 +1,8 @@
 """The HTTP rows: our server beside a constant-answer floor and FastAPI, and the cold start.
 
 The server stands on core 0 and the client on core 1; 64 keep-alive connections, no pipelining, the full fraud
-pipeline with its state in use and its event and score log on: event times rise by 3 s per request, labels are ingested between the slices.
+pipeline with its state in use and its event and score log on: event times rise by 3 s per request, labels are ingested
+between the slices.
 CPU per request is user + system time of the server over a slice divided by the answers of that slice.
 Run as a script: python bench/load/serving.py
 """
