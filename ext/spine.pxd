@@ -74,6 +74,9 @@ cdef class SpineRun:
         int64_t newest_ingest
         int64_t events
         int64_t applied
+        uint64_t one_key          # hash of the partition's first event
+        bint many_keys
+        bint hopeless             # fewer keys would not make it fit
         # backfill: the partition's events, to be sorted; and every event's time where idle entities are forgotten
         bint forgets
         int64_t n_kept
@@ -89,6 +92,8 @@ cdef class SpineRun:
 
     cdef int partition_of(self, uint64_t hash) noexcept nogil
     cdef uint64_t key_hash(self) noexcept nogil
+    cdef int large(self) noexcept nogil
+    cdef void note_key(self, uint64_t hash, bint is_first) noexcept nogil
     cdef int take(self, const ps_record *r, EventMapping mapping) noexcept nogil
     cdef int keep_event(self, const ps_record *r, EventMapping mapping) noexcept nogil
     cdef int apply(self, ps_slot *slots, uint8_t *status, ps_arena *arena) noexcept nogil

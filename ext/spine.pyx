@@ -97,6 +97,17 @@ cdef class SpineRun:
         """Of the key in keys.key[0]; 0 where it is null (keys.key[0] is then of no use)."""
         return self.store.api.hash(&self.keys.key[0])
 
+    cdef void note_key(self, uint64_t hash, bint is_first) noexcept nogil:
+        if is_first:
+            self.one_key = hash
+        elif hash != self.one_key:
+            self.many_keys = True
+
+    cdef int large(self) noexcept nogil:
+        """The state does not fit; with one key alone it never will."""
+        self.hopeless = self.hopeless or not self.many_keys
+        return TOO_LARGE
+
     def choose(self):
         """Numbers of the spine's rows that are this partition's, in order. A row without a key is in partition 0."""
         cdef int64_t i, n = self.columns.rows, count = 0
@@ -276,6 +287,7 @@ cdef class SpineRun:
         self.core.prepare_keys(self.source.c.keys, 1, self.slots, &self.arena, &self.keys)
         self.keys.hash[0] = self.key_hash()
         if self.partition_of(self.keys.hash[0]) == self.part:
+            self.note_key(self.keys.hash[0], self.applied == 0)
             return self.apply(self.slots, self.status, &self.arena)
         at = self.slots[self.source.c.time].i
         if at > self.source.c.watermark:
@@ -288,7 +300,7 @@ cdef class SpineRun:
         self.store.api.sweep(self.store.ptr, self.source.c.watermark, 0)
         self.verdict.outcome = OUTCOME_APPLIED
         if self.core.advance(&self.source.c, NULL, NULL, slots, status, arena, &self.keys, 2, &self.verdict) != 0:
-            return TOO_LARGE
+            return self.large()
         self.core.sweep(&self.source.c)
         self.applied += 1
         return 0
@@ -381,7 +393,7 @@ cdef class SpineRun:
     # backfill
 
     cdef int keep_event(self, const ps_record *r, EventMapping mapping) noexcept nogil:
-        cdef uint64_t erased
+        cdef uint64_t erased, hash
         cdef int64_t at, room
         cdef void *memory
         self.arena.used = 0
@@ -391,42 +403,43 @@ cdef class SpineRun:
         if self.forgets:
             if self.n_times == self.times_room:
                 room = 2 * self.times_room + 4096
-                if <uint64_t>(8 * room) > self.budget:
-                    return TOO_LARGE
-                memory = realloc(self.all_times, 8 * room)
+                memory = realloc(self.all_times, 8 * room) if <uint64_t>(8 * room) <= self.budget else NULL
                 if memory == NULL:
+                    self.hopeless = True
                     return TOO_LARGE
                 self.all_times = <int64_t *>memory
                 self.times_room = room
             self.all_times[self.n_times] = at
             self.n_times += 1
         self.core.prepare_keys(self.source.c.keys, 1, self.slots, &self.arena, &self.keys)
-        if self.partition_of(self.key_hash()) != self.part:
+        hash = self.key_hash()
+        if self.partition_of(hash) != self.part:
             return 0
+        self.note_key(hash, self.n_kept == 0)
         if self.n_kept == self.room:
             room = self.room + self.room // 2 + 1024
             if <uint64_t>room * (9 * self.width + 16) + self.kept.capacity > self.budget:
-                return TOO_LARGE
+                return self.large()
             memory = realloc(self.kept_slots, room * self.width * sizeof(ps_slot))
             if memory == NULL:
-                return TOO_LARGE
+                return self.large()
             self.kept_slots = <ps_slot *>memory
             memory = realloc(self.kept_status, room * self.width)
             if memory == NULL:
-                return TOO_LARGE
+                return self.large()
             self.kept_status = <uint8_t *>memory
             memory = realloc(self.kept_time, room * 8)
             if memory == NULL:
-                return TOO_LARGE
+                return self.large()
             self.kept_time = <int64_t *>memory
             memory = realloc(self.kept_ingest, room * 8)
             if memory == NULL:
-                return TOO_LARGE
+                return self.large()
             self.kept_ingest = <int64_t *>memory
             self.room = room
         if mapping.read(r, self.kept_slots + self.n_kept * self.width, self.kept_status + self.n_kept * self.width,
                         &self.kept, &erased) != 0:
-            return TOO_LARGE
+            return self.large()
         self.kept_time[self.n_kept] = at
         self.kept_ingest[self.n_kept] = r.ingest_time
         self.n_kept += 1
@@ -484,6 +497,11 @@ cdef class SpineRun:
             if out[i + 1] > out[i]:
                 memcpy(text + out[i], data + PS_STR_OFFSET(slots[i]), out[i + 1] - out[i])
         return offsets, found
+
+    @property
+    def never_fits(self):
+        """Whether what did not fit would not fit with fewer keys either."""
+        return self.hopeless
 
     @property
     def totals(self):

@@ -445,6 +445,7 @@ class _Pass:
     def __init__(self, job: Job, unit: Unit, task: Task, lateness: int, reach: int, budget: int) -> None:
         self.job = job
         self.unit = unit
+        self.budget = budget
         store = unit.store
         self.state = WindowStore(
             columns=[unit.event.fields[c].type for c in store.columns],
@@ -494,9 +495,13 @@ class _Pass:
         groups = [(group.view.group, group.request, group.columns) for group in unit.groups]
         order = rows[places]
         run.begin(order, places, self.job.times[order], bounds[places], groups, outputs, self.beyond)
-        if not self._feed(history, tell):
-            return None
-        if not run.finish():
+        if not (self._feed(history, tell) and run.finish()):
+            if run.never_fits:
+                what = "what every pass holds" if self.job.asked.backfill else "the state of one key"
+                raise PenstockError(
+                    f"{what} does not fit into {self.budget / 2**20:,.1f} MiB, a worker's share; "
+                    "give more memory= or fewer workers="
+                )
             return None
         texts: dict[int, Any] = {}
         for i, output in enumerate(unit.outputs):

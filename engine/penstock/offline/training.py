@@ -347,7 +347,7 @@ def check_split(task: Task, budget: int) -> None:
     """Raises PenstockError where halving the keys of a task again would not help."""
     if task.parts >= MOST_PARTS:
         raise PenstockError(
-            f"the state of 1 in {task.parts} keys does not fit into {budget / 2**20:,.0f} MiB, a worker's share; "
+            f"the state of 1 in {task.parts} keys does not fit into {budget / 2**20:,.1f} MiB, a worker's share; "
             "give more memory= or fewer workers="
         )
 
