@@ -12,7 +12,6 @@
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -23,6 +22,7 @@
 #endif
 
 enum { AHEAD = 4 << 20, PIECE = 256 << 10, TICK_US = 10000, RETRY_US = 500000, STEP_US = 1000000, NAME = 64 };
+enum { MARK_US = 100000 };
 
 typedef struct segment {
     struct segment *next;
@@ -32,7 +32,8 @@ typedef struct segment {
     uint64_t synced;                       /* offset up to which it is on disk; the thread's */
     int64_t first_sequence;
     int fd;
-    uint64_t turn;
+    uint64_t turn, turn_written;
+    int64_t marked_us;
     int64_t last_sequence;
 } segment;
 
@@ -53,7 +54,7 @@ struct ps_log {
     uint64_t position;     /* atomic: written by the writer */
     uint64_t synced;       /* atomic: written by the thread */
     int error, roll;       /* atomic; error: the disk failed, for good */
-    int refused;           /* atomic: why the last reserve was refused; 0 once one was granted in a new segment */
+    int refused;           /* atomic: why the last reserve was refused; 0 once an append went in */
     pthread_mutex_t lock;
     pthread_cond_t wake, done, made;
     segment *sealing, *sealing_end; /* left by the writer for the thread */
@@ -66,7 +67,7 @@ struct ps_log {
     /* the thread's */
     pthread_t thread;
     int64_t sync_us, max_age_us;
-    int dir, event_fd;
+    int dir;
     pid_t owner;
     uint64_t syncs, rolls, waits, longest_sync_us, clock_steps;
     int64_t last_step_us;
@@ -288,7 +289,6 @@ static ps_record *log_reserve(ps_log *L, uint32_t bytes, uint32_t more) {
         if (prelude_size(L) + bytes + more > L->segment_bytes) return refuse(L, EMSGSIZE);
         int error = begin_segment(L, s->number + 1);
         if (error) return refuse(L, error);
-        __atomic_store_n(&L->refused, 0, __ATOMIC_RELAXED);
         s = L->current;
     }
     return (ps_record *)(s->base + s->at);
@@ -305,6 +305,8 @@ static void log_commit(ps_log *L, ps_record *r, uint32_t bytes) {
         __atomic_store_n(&L->opened_us, clock_us(CLOCK_MONOTONIC), __ATOMIC_RELAXED);
         __atomic_store_n(&L->used, 1, __ATOMIC_RELEASE);
     }
+    if (__builtin_expect(__atomic_load_n(&L->refused, __ATOMIC_RELAXED), 0))
+        __atomic_store_n(&L->refused, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&L->position, s->before + s->at, __ATOMIC_RELEASE);
 }
 
@@ -340,7 +342,10 @@ static void touch(char *base, uint64_t from, uint64_t to) {
  * are ready ahead of the writer. 0 or an errno. */
 static int sync_segment(ps_log *L, segment *s, uint64_t at) {
     uint64_t from = s->synced & ~(uint64_t)4095;
-    if (from) sync_file_range(s->fd, 0, 4096, SYNC_FILE_RANGE_WRITE); /* the marks: that they get there is enough */
+    if (from && s->turn != s->turn_written) { /* the marks: that they get there is enough */
+        sync_file_range(s->fd, 0, 4096, SYNC_FILE_RANGE_WRITE);
+        s->turn_written = s->turn;
+    }
     if (msync(s->base + from, at - from, MS_SYNC)) {
         int error = errno;
         fail(L, error);
@@ -387,7 +392,11 @@ static void sync_all(ps_log *L, segment *sealing, segment *s, uint64_t at, uint6
     if (sync_segment(L, s, at)) return;
     if (folder_changed && fsync(L->dir)) fail(L, errno);
     if (failed(L)) return;
-    put_mark(s, at, 0);
+    /* The mark may lag: behind it a hole is taken for a power cut's, and what was synced has none. */
+    if (began - s->marked_us >= MARK_US) {
+        s->marked_us = began;
+        put_mark(s, at, 0);
+    }
     int64_t took = clock_us(CLOCK_MONOTONIC) - began;
     pthread_mutex_lock(&L->lock);
     if ((uint64_t)took > L->longest_sync_us) L->longest_sync_us = (uint64_t)took;
@@ -396,11 +405,6 @@ static void sync_all(ps_log *L, segment *sealing, segment *s, uint64_t at, uint6
     __atomic_store_n(&L->synced, position, __ATOMIC_RELEASE);
     pthread_cond_broadcast(&L->done);
     pthread_mutex_unlock(&L->lock);
-    if (L->event_fd >= 0) {
-        uint64_t one = 1;
-        ssize_t ignored = write(L->event_fd, &one, 8);
-        (void)ignored;
-    }
 }
 
 static void touch_ahead(segment *s, uint64_t at) {
@@ -478,7 +482,6 @@ static void free_log(ps_log *L) {
         close(L->spare_fd);
     }
     if (L->dir >= 0) close(L->dir);
-    if (L->event_fd >= 0) close(L->event_fd);
     free(L->shell);
     free(L->prelude);
     free(L->prelude_bytes);
@@ -494,7 +497,7 @@ ps_log *ps_log_open(const char *folder, uint64_t log_id, uint64_t number, int64_
         *error = ENOMEM;
         return NULL;
     }
-    L->spare_fd = L->event_fd = -1;
+    L->spare_fd = -1;
     L->owner = getpid();
     L->log_id = log_id;
     L->next_sequence = next_sequence;
@@ -534,7 +537,6 @@ ps_log *ps_log_open(const char *folder, uint64_t log_id, uint64_t number, int64_
     if (prelude_size(L) + 4096 > L->segment_bytes) *error = EMSGSIZE;
     else *error = begin_segment(L, number);
     if (!*error) {
-        L->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
         sigset_t all, before;
         sigfillset(&all);
         if (fsync(L->dir)) *error = errno;
@@ -608,8 +610,6 @@ void ps_log_abandon(ps_log *L) {
     free(L->current);
     free_log(L);
 }
-
-int ps_log_event_fd(ps_log *L) { return L->event_fd; }
 
 void ps_log_get_stats(ps_log *L, ps_log_stats *out) {
     pthread_mutex_lock(&L->lock);
