@@ -76,8 +76,6 @@ int ps_log_error(const ps_log *);
 int ps_log_wait(ps_log *, uint64_t position);
 /* The next append begins a new segment. */
 void ps_log_roll(ps_log *);
-/* A descriptor that becomes readable after each sync; -1 where there is none. */
-int ps_log_event_fd(ps_log *);
 void ps_log_get_stats(ps_log *, ps_log_stats *);
 /* The newest whole mark of a segment's header; 0 where none is. */
 int ps_segment_last_mark(const char *base, ps_segment_mark *out);

@@ -62,7 +62,6 @@ cdef extern from "event_log.h" nogil:
     int ps_log_error(const ps_log *)
     int ps_log_wait(ps_log *, uint64_t)
     void ps_log_roll(ps_log *)
-    int ps_log_event_fd(ps_log *)
     void ps_log_get_stats(ps_log *, ps_log_stats *)
     int ps_segment_last_mark(const char *, ps_segment_mark *)
     void ps_segment_put_mark(char *, uint64_t turn, uint64_t synced, uint64_t end, int64_t last_sequence)

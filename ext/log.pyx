@@ -122,11 +122,6 @@ cdef class EventLog:
         """Bytes ever written."""
         return self.api.position(self.ptr) if self.ptr != NULL else 0
 
-    @property
-    def event_fd(self):
-        """A descriptor that becomes readable after each sync."""
-        return ps_log_event_fd(self.ptr) if self.ptr != NULL else -1
-
     def roll(self):
         """The next event begins a new segment."""
         if self.ptr != NULL:
