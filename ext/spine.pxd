@@ -12,6 +12,19 @@ from penstock._ext.steps cimport KeyRef, Pipe, RowKeys, Source, SourceC, Use
 from penstock._ext.windows cimport WindowStore, ps_arena, ps_event
 
 
+cdef enum:
+    OPS = 32                  # steps whose entities are on their way
+
+
+# A step in the order of the log: an event to apply, or a row to read, and where the watermark stands before it.
+ctypedef struct SpineOp:
+    int64_t row               # -1: an event
+    int64_t watermark
+    uint64_t hash
+    ps_slot *slots
+    uint8_t *status
+    ps_arena *arena
+
 # One output of a view: where its values go, by place in the partition.
 ctypedef struct SpineOutput:
     ps_slot *data
@@ -63,6 +76,13 @@ cdef class SpineRun:
         ps_arena found            # strings of one read
         list texts
         ps_arena *kept_texts      # per output: strings in the order in which rows are read
+        # steps that wait, and the memory of their events
+        SpineOp ops[OPS]
+        int n_ops
+        int64_t watermark         # behind the last of them
+        ps_slot *block_slots
+        uint8_t *block_status
+        ps_arena block
         # one event, or one row of the spine
         int width
         ps_slot *slots
@@ -75,6 +95,7 @@ cdef class SpineRun:
         int64_t events
         int64_t applied
         uint64_t one_key          # hash of the partition's first event
+        bint any_key
         bint many_keys
         bint hopeless             # fewer keys would not make it fit
         # backfill: the partition's events, to be sorted; and every event's time where idle entities are forgotten
@@ -93,10 +114,12 @@ cdef class SpineRun:
     cdef int partition_of(self, uint64_t hash) noexcept nogil
     cdef uint64_t key_hash(self) noexcept nogil
     cdef int large(self) noexcept nogil
-    cdef void note_key(self, uint64_t hash, bint is_first) noexcept nogil
+    cdef void note_key(self, uint64_t hash) noexcept nogil
     cdef int take(self, const ps_record *r, EventMapping mapping) noexcept nogil
     cdef int keep_event(self, const ps_record *r, EventMapping mapping) noexcept nogil
-    cdef int apply(self, ps_slot *slots, uint8_t *status, ps_arena *arena) noexcept nogil
+    cdef int queue(self, int64_t row, uint64_t hash, ps_slot *slots, uint8_t *status, ps_arena *arena) noexcept nogil
+    cdef int run_queue(self) noexcept nogil
+    cdef int apply(self, ps_slot *slots, uint8_t *status, ps_arena *arena, uint64_t hash) noexcept nogil
     cdef int read_until(self, int64_t bound) noexcept nogil
     cdef int read_row(self, int64_t index) noexcept nogil
     cdef int replay(self, const int64_t *order, const int64_t *times) noexcept nogil

@@ -30,7 +30,7 @@ cdef enum:
     BY_INGEST_TIME = 0        # a row sees what was ingested up to its bound
     BY_SEQUENCE = 1           # what the log holds before its bound
     BACKFILL = 2              # every event, in the order S6
-    AHEAD = 6                 # rows whose buckets are on their way
+    AHEAD = 6                 # steps before an entity is needed that it is asked for
     TOO_LARGE = -3
 
 MODES = {"ingest_time": BY_INGEST_TIME, "sequence": BY_SEQUENCE, "backfill": BACKFILL}
@@ -61,6 +61,9 @@ cdef class SpineRun:
         self.forgets = forgets and self.mode == BACKFILL
         self.slots = <ps_slot *>checked(width, sizeof(ps_slot))
         self.status = <uint8_t *>checked(width, 1)
+        self.block_slots = <ps_slot *>checked(OPS * width, sizeof(ps_slot))
+        self.block_status = <uint8_t *>checked(OPS * width, 1)
+        self.watermark = source.c.watermark
         self.out = <ps_slot *>checked(len(store.outputs), sizeof(ps_slot))
         self.out_status = <uint8_t *>checked(len(store.outputs), 1)
         self.expected = -1
@@ -79,6 +82,9 @@ cdef class SpineRun:
         free(self.out)
         free(self.out_status)
         free(self.found.data)
+        free(self.block_slots)
+        free(self.block_status)
+        free(self.block.data)
         free(self.slots)
         free(self.status)
         free(self.arena.data)
@@ -97,9 +103,10 @@ cdef class SpineRun:
         """Of the key in keys.key[0]; 0 where it is null (keys.key[0] is then of no use)."""
         return self.store.api.hash(&self.keys.key[0])
 
-    cdef void note_key(self, uint64_t hash, bint is_first) noexcept nogil:
-        if is_first:
+    cdef void note_key(self, uint64_t hash) noexcept nogil:
+        if not self.any_key:
             self.one_key = hash
+            self.any_key = True
         elif hash != self.one_key:
             self.many_keys = True
 
@@ -242,6 +249,8 @@ cdef class SpineRun:
                         else:
                             code = self.take(r, <EventMapping>kinds[r.schema])
                 at += length
+            if code == 0:
+                code = self.run_queue()
         if code == TOO_LARGE:
             return at, "large"
         if code != 0:
@@ -271,33 +280,90 @@ cdef class SpineRun:
         elif self.mode != BACKFILL:
             with nogil:
                 code = self.read_until(<int64_t>((<uint64_t>1 << 63) - 1))
+                if code == 0:
+                    code = self.run_queue()
         if code == TOO_LARGE:
             return False
         if code != 0:
             raise EngineError("out of memory while reading the rows of a spine")
         return True
 
+    # steps
+
     cdef int take(self, const ps_record *r, EventMapping mapping) noexcept nogil:
         """An event of the source: its time counts for all partitions, the rest where its key is of this one."""
-        cdef uint64_t erased
+        cdef uint64_t erased, hash
+        cdef int code
         cdef int64_t at
-        self.arena.used = 0
-        if mapping.read(r, self.slots, self.status, &self.arena, &erased) != 0:
+        cdef ps_slot *slots
+        cdef uint8_t *status
+        cdef uint32_t used
+        if self.n_ops == OPS:
+            code = self.run_queue()
+            if code != 0:
+                return code
+        slots = self.block_slots + self.n_ops * self.width
+        status = self.block_status + self.n_ops * self.width
+        used = self.block.used
+        if mapping.read(r, slots, status, &self.block, &erased) != 0:
             return -1
-        self.core.prepare_keys(self.source.c.keys, 1, self.slots, &self.arena, &self.keys)
-        self.keys.hash[0] = self.key_hash()
-        if self.partition_of(self.keys.hash[0]) == self.part:
-            self.note_key(self.keys.hash[0], self.applied == 0)
-            return self.apply(self.slots, self.status, &self.arena)
-        at = self.slots[self.source.c.time].i
-        if at > self.source.c.watermark:
-            self.source.c.watermark = at
+        at = slots[self.source.c.time].i
+        self.core.prepare_keys(self.source.c.keys, 1, slots, &self.block, &self.keys)
+        hash = self.key_hash()
+        if self.partition_of(hash) == self.part:
+            self.note_key(hash)
+            code = self.queue(-1, hash, slots, status, &self.block)
+            if code != 0:
+                return code
+        else:
+            self.block.used = used
+        if at > self.watermark:
+            self.watermark = at
         return 0
 
-    cdef int apply(self, ps_slot *slots, uint8_t *status, ps_arena *arena) noexcept nogil:
-        """The event whose key is prepared, as the engine applies it."""
+    cdef int queue(self, int64_t row, uint64_t hash, ps_slot *slots, uint8_t *status, ps_arena *arena) noexcept nogil:
+        """A step more; the steps that wait are run where there are many."""
+        cdef int code
+        cdef SpineOp *op
+        if self.n_ops == OPS:
+            code = self.run_queue()
+            if code != 0:
+                return code
+        op = &self.ops[self.n_ops]
+        op.row = row
+        op.watermark = self.watermark
+        op.hash = hash
+        op.slots = slots
+        op.status = status
+        op.arena = arena
+        self.n_ops += 1
+        self.store.api.prefetch(self.store.ptr, hash)
+        return 0
+
+    cdef int run_queue(self) noexcept nogil:
+        cdef int i, code, n = self.n_ops
+        cdef SpineOp *op
+        for i in range(min(n, AHEAD)):
+            self.store.api.prefetch_blob(self.store.ptr, self.ops[i].hash)
+        for i in range(n):
+            if i + AHEAD < n:
+                self.store.api.prefetch_blob(self.store.ptr, self.ops[i + AHEAD].hash)
+            op = &self.ops[i]
+            if op.watermark > self.source.c.watermark:
+                self.source.c.watermark = op.watermark
+            code = self.read_row(op.row) if op.row >= 0 else self.apply(op.slots, op.status, op.arena, op.hash)
+            if code != 0:
+                return code
+        self.n_ops = 0
+        self.block.used = 0
+        return 0
+
+    cdef int apply(self, ps_slot *slots, uint8_t *status, ps_arena *arena, uint64_t hash) noexcept nogil:
+        """An event, as the engine applies it."""
         # The store learns where the watermark of all partitions stands, and releases nothing yet.
         self.store.api.sweep(self.store.ptr, self.source.c.watermark, 0)
+        self.core.prepare_keys(self.source.c.keys, 1, slots, arena, &self.keys)
+        self.keys.hash[0] = hash
         self.verdict.outcome = OUTCOME_APPLIED
         if self.core.advance(&self.source.c, NULL, NULL, slots, status, arena, &self.keys, 2, &self.verdict) != 0:
             return self.large()
@@ -306,10 +372,10 @@ cdef class SpineRun:
         return 0
 
     cdef int read_until(self, int64_t bound) noexcept nogil:
-        """Read the rows whose bound is below."""
+        """The rows whose bound is below are the next steps."""
         cdef int code
         while self.next_row < self.n_rows and self.bounds[self.next_row] < bound:
-            code = self.read_row(self.next_row)
+            code = self.queue(self.next_row, self.hashes[self.next_row], NULL, NULL, NULL)
             if code != 0:
                 return code
             self.next_row += 1
@@ -328,8 +394,6 @@ cdef class SpineRun:
         cdef int g, j, k
         cdef uint8_t status
         cdef bint has_event = False
-        if index + AHEAD < self.n_rows:
-            self.store.api.prefetch(self.store.ptr, self.hashes[index + AHEAD])
         if self.source.c.watermark - at > self.lateness:
             self.beyond[place] = 1
             self.n_beyond += 1
@@ -415,7 +479,7 @@ cdef class SpineRun:
         hash = self.key_hash()
         if self.partition_of(hash) != self.part:
             return 0
-        self.note_key(hash, self.n_kept == 0)
+        self.note_key(hash)
         if self.n_kept == self.room:
             room = self.room + self.room // 2 + 1024
             if <uint64_t>room * (9 * self.width + 16) + self.kept.capacity > self.budget:
@@ -451,32 +515,30 @@ cdef class SpineRun:
         cdef int code
         cdef ps_slot *slots
         for i in range(self.n_kept + 1):
-            at = <int64_t>((<uint64_t>1 << 63) - 1)
-            if i < self.n_kept:
-                at = self.kept_time[order[i]]
+            at = self.kept_time[order[i]] if i < self.n_kept else <int64_t>((<uint64_t>1 << 63) - 1)
             while self.next_row < self.n_rows and self.times[self.next_row] < at:
                 while seen < self.n_times and times[seen] <= self.times[self.next_row]:
                     seen += 1
-                if seen and times[seen - 1] > self.source.c.watermark:
-                    self.source.c.watermark = times[seen - 1]
-                code = self.read_row(self.next_row)
+                if seen and times[seen - 1] > self.watermark:
+                    self.watermark = times[seen - 1]
+                code = self.queue(self.next_row, self.hashes[self.next_row], NULL, NULL, NULL)
                 if code != 0:
                     return code
                 self.next_row += 1
             if i == self.n_kept or self.next_row == self.n_rows:
-                return 0
+                return self.run_queue()
             # Where idle entities are forgotten, the watermark is that of all events before this one's time.
             while seen < self.n_times and times[seen] < at:
                 seen += 1
-            if seen and times[seen - 1] > self.source.c.watermark:
-                self.source.c.watermark = times[seen - 1]
+            if seen and times[seen - 1] > self.watermark:
+                self.watermark = times[seen - 1]
             k = order[i]
             slots = self.kept_slots + k * self.width
             self.core.prepare_keys(self.source.c.keys, 1, slots, &self.kept, &self.keys)
-            self.keys.hash[0] = self.key_hash()
-            code = self.apply(slots, self.kept_status + k * self.width, &self.kept)
+            code = self.queue(-1, self.key_hash(), slots, self.kept_status + k * self.width, &self.kept)
             if code != 0:
                 return code
+            self.watermark = max(self.watermark, at)
         return 0
 
     def text_column(self, int index, const uint64_t[::1] slots, const uint8_t[::1] status):
