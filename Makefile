@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := $(wildcard ext/*.pyx ext/*.pxd ext/*.c ext/*.h) setup.py pyproject.toml
 
-.PHONY: test lint demo bench bench-peers clean tools
+.PHONY: test ci-extra lint demo bench bench-peers clean tools
 
 tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "make: CPython 3.11 or newer is needed as '$(PYTHON)' (set PYTHON=...)" >&2; exit 1; }
@@ -34,6 +34,9 @@ $(VENV)/extra-%: pyproject.toml .ci/requirements.py | $(BIN)/python
 
 test: $(VENV)/built $(VENV)/extra-test
 	@$(BIN)/python -m pytest $(ARGS)
+
+# What only CI installs beside the tests' own needs; tests that lack it skip.
+ci-extra: $(VENV)/built $(VENV)/extra-test $(VENV)/extra-ci
 
 lint: $(VENV)/extra-lint
 	@$(BIN)/ruff check .

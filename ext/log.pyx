@@ -214,6 +214,31 @@ def scan(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t star
                 last if events else None, ingest if events else None)
 
 
+def ingest_times(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start, uint64_t end):
+    """Sequence and ingest time of every event between two offsets, as 16 bytes each (int64, int64)."""
+    cdef uint64_t at = start
+    cdef int64_t length
+    cdef int64_t n = 0
+    cdef const char *base = <const char *>&data[0] if data.shape[0] else NULL
+    cdef const ps_record *r
+    cdef int64_t *out
+    cdef uint64_t size = min(end, <uint64_t>data.shape[0])
+    cdef bytes found = PyBytes_FromStringAndSize(NULL, 16 * ((size - start) // PS_RECORD_HEAD + 1) if size > start else 16)
+    out = <int64_t *>PyBytes_AS_STRING(found)
+    with nogil:
+        while at < size:
+            length = ps_record_check(base, size, at, <uint64_t>log_id, number)
+            if length <= 0:
+                break
+            r = <const ps_record *>(base + at)
+            if r.kind == PS_RECORD_EVENT:
+                out[2 * n] = r.sequence
+                out[2 * n + 1] = r.ingest_time
+                n += 1
+            at += length
+    return found[:16 * n]
+
+
 def resync(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start):
     """The offset of the next record that checks, at or behind `start`; the size of the data where there is none."""
     cdef uint64_t at = start

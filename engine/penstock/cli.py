@@ -18,6 +18,7 @@ __all__ = ["main"]
 OFFLINE = {
     "parity": "compute every logged score anew from the log, and compare",
     "backfill": "a pipeline's features over all of a log",
+    "train": "features as of each row of a table, from a log",
     "log": "look after a log folder",
 }
 

@@ -18,7 +18,7 @@ __all__ = ["main"]
 def main(command: str, arguments: Sequence[str]) -> int:
     """Run one of the offline commands; returns the exit code."""
     sys.path.insert(0, "")
-    return {"parity": _parity, "backfill": _backfill, "log": _log}[command](list(arguments))
+    return {"parity": _parity, "backfill": _backfill, "train": _train, "log": _log}[command](list(arguments))
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -33,12 +33,20 @@ def _parity(arguments: list[str]) -> int:
     parser.add_argument("--log", metavar="DIR", required=True, help="the log folder; it may be in use")
     parser.add_argument("--models", metavar="DIR", help="compare the decisions too, with the models in this folder")
     parser.add_argument("--pipeline", metavar="NAME", action="append", help="only this pipeline; may be given again")
+    parser.add_argument("--by-time", action="store_true", help="also a training set of each score's time alone")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     given = parser.parse_args(arguments)
     from .parity import parity
 
     with Progress("comparing logged scores with the log") as progress:
-        report = parity(given.app, given.log, models=given.models, pipelines=given.pipeline, progress=progress)
+        report = parity(
+            given.app,
+            given.log,
+            models=given.models,
+            pipelines=given.pipeline,
+            by_time=given.by_time,
+            progress=progress,
+        )
     if given.json:
         import msgspec
 
@@ -69,6 +77,50 @@ def _backfill(arguments: list[str]) -> int:
             spine=given.spine,
             out=given.out,
             progress=progress,
+        )
+    return 0
+
+
+def _train(arguments: list[str]) -> int:
+    parser = _parser("train")
+    parser.add_argument("app", help="a Python file or module with the app's definitions")
+    parser.add_argument("--log", metavar="DIR", required=True, help="the log folder; it may be in use")
+    parser.add_argument("--spine", metavar="FILE", required=True, help="Parquet file: keys, a time column, what else")
+    parser.add_argument("--out", metavar="FILE", required=True, help="the Parquet file to write")
+    parser.add_argument("--features", metavar="NAME,NAME", help="views or features; default: the only pipeline's")
+    parser.add_argument("--pipeline", metavar="NAME", help="all features of this pipeline")
+    parser.add_argument("--time", metavar="COLUMN", help="the spine's time, where it cannot be told")
+    parser.add_argument("--backfill", action="store_true", help="also what was ingested after a row's time")
+    parser.add_argument("--statuses", action="store_true", help="a status column beside each feature")
+    parser.add_argument("--workers", metavar="N", type=int, help="default: one per core")
+    parser.add_argument("--memory", metavar="SIZE", default="1GiB", help="for state, over all workers (1GiB)")
+    parser.add_argument("--on", choices=("threads", "ray"), default="threads", help="where the work is done")
+    given = parser.parse_args(arguments)
+    from ..tables import pyarrow
+    from .training import training_set
+
+    pyarrow()
+    import pyarrow.parquet as pq
+
+    try:
+        spine = pq.read_table(given.spine)
+    except (OSError, ValueError) as error:
+        raise PenstockError(f"--spine {given.spine}: {error}") from None
+    with Progress(f"computing features as of {spine.num_rows:,} rows into {given.out}") as progress:
+        training_set(
+            given.app,
+            given.log,
+            spine,
+            features=given.features.split(",") if given.features else None,
+            pipeline=given.pipeline,
+            time=given.time,
+            backfill=given.backfill,
+            statuses=given.statuses,
+            workers=given.workers,
+            memory=given.memory,
+            out=given.out,
+            progress=progress,
+            on=given.on,
         )
     return 0
 

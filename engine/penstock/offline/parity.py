@@ -6,14 +6,17 @@ counts; what could not be compared is counted apart, never as equal and never as
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from .._ext.decision import STATUSES
 from .._ext.history import HistoryRun
+from .._ext.log import ingest_times
 from ..app import App, load_plan
 from ..engine import Engine
 from ..errors import LogError
@@ -24,7 +27,7 @@ from .log_folder import LogFolder
 from .recovery import mappings_of
 from .schemas import ScoreSchema
 
-__all__ = ["FeatureParity", "Mismatch", "ParityReport", "PipelineParity", "parity"]
+__all__ = ["FeatureParity", "Mismatch", "ParityReport", "PipelineParity", "TimeParity", "parity"]
 
 Done = Callable[[int, int], None]
 
@@ -55,6 +58,17 @@ class FeatureParity(msgspec.Struct, kw_only=True):
     examples: list[Mismatch] = []
 
 
+class TimeParity(msgspec.Struct, frozen=True, kw_only=True):
+    """Scores against a training set that was asked for with T alone. in_flight: rows that differ, and between whose T and
+    scoring other events came in, which T alone leaves out (S5): never a mismatch."""
+
+    compared: int
+    equal: int
+    in_flight: int
+    mismatched: int
+    features: list[str]  # that differ in a row that no event in flight explains
+
+
 class PipelineParity(msgspec.Struct, kw_only=True):
     """One pipeline: its logged scores, its features, and its decisions where models were given."""
 
@@ -64,6 +78,7 @@ class PipelineParity(msgspec.Struct, kw_only=True):
     decisions: FeatureParity | None
     other_plans: int = 0
     not_found: int = 0
+    by_time: TimeParity | None = None
 
 
 class ParityReport(msgspec.Struct, kw_only=True):
@@ -76,7 +91,7 @@ class ParityReport(msgspec.Struct, kw_only=True):
 
     @property
     def ok(self) -> bool:
-        return not any(
+        return not any(p.by_time is not None and p.by_time.mismatched for p in self.pipelines) and not any(
             f.mismatched for p in self.pipelines for f in [*p.features, *([p.decisions] if p.decisions else [])]
         )
 
@@ -108,6 +123,11 @@ class ParityReport(msgspec.Struct, kw_only=True):
                 )
             if pipeline.decisions is None:
                 lines.append("  decisions were not compared: they need the same pipeline and its model folder")
+            if (t := pipeline.by_time) is not None:
+                lines.append(
+                    f"  by time alone: {t.compared:,} rows, {t.equal:,} equal, {t.in_flight:,} differ by events in flight, "
+                    f"{t.mismatched:,} mismatched{': ' + ', '.join(t.features) if t.features else ''}"
+                )
             if pipeline.not_found:
                 lines.append(f"  {pipeline.not_found:,} scores whose event history no longer holds")
             lines.append("")
@@ -123,11 +143,13 @@ def parity(
     *,
     models: str | Path | None = None,
     pipelines: list[str] | None = None,
+    by_time: bool = False,
     progress: Done | None = None,
 ) -> ParityReport:
     """Compute every logged score's features (with `models` also its decision) anew from the log, and compare.
 
-    The folder may be in use by a server. Raises LogError where history cannot be read, DefinitionError for a wrong app.
+    by_time: also compare a training set asked for with each score's T alone; rows that differ by events in flight are
+    counted apart. The folder may be in use by a server. Raises LogError where history cannot be read, DefinitionError for a wrong app.
     """
     history = History(LogFolder(log))
     history.check()
@@ -166,7 +188,10 @@ def parity(
         run.done()
         totals = run.totals
         events = totals["events"]
-        found.append(_tally(engine, plan, run, schemas, totals["orphans"]))
+        tally = _tally(engine, plan, run, schemas, totals["orphans"])
+        if by_time:
+            tally.by_time = _by_time(engine, log, history, name)
+        found.append(tally)
     return ParityReport(log=str(log), events=events, pipelines=found, history_begins=max(0, history.first_sequence))
 
 
@@ -187,6 +212,50 @@ def _score_mappings(engine: Engine, schemas: list[Any], pipeline: str, seen: dic
             else:
                 seen[id(mappings[i])] = schema
     return mappings
+
+
+def _by_time(engine: Engine, log: str | Path, history: History, pipeline: str) -> TimeParity:
+    """Served features beside a training set of the same rows with K = ingest time <= T."""
+    from .replay import backfill
+    from .training import training_set
+
+    plan = engine.plan.pipelines[pipeline]
+    event = engine.plan.events[plan.event]
+    served = backfill(engine.plan, log, pipeline=pipeline, spine="scores")
+    spine = served.select([field.name for field in event.fields])
+    trained = training_set(engine.plan, log, spine, pipeline=pipeline, time=event.fields[event.time].name)
+    at = np.asarray(spine.column(event.fields[event.time].name).cast("int64"))
+    times = np.concatenate(
+        [
+            np.frombuffer(ingest_times(p.data, p.log_id, p.number, p.start, p.end), dtype=np.int64).reshape(-1, 2)
+            for p in history.pieces(0, 1 << 62)
+        ]
+    )
+    # The first event that came in behind T: where it came before the scored one, events were in flight.
+    behind = np.searchsorted(times[:, 1], at, side="right")
+    first = np.append(times[:, 0], 1 << 62)[behind]
+    in_flight = first < np.asarray(served.column("_sequence"))
+    differs = np.zeros(len(at), dtype=bool)
+    unexplained: list[str] = []
+    for index in plan.features:
+        name = plan.slots[index].name
+        mine = served.column(name).combine_chunks()
+        theirs = trained.column(name).combine_chunks().cast(mine.type)
+        same = np.array([_bits(a) == _bits(b) for a, b in zip(mine.to_pylist(), theirs.to_pylist())], dtype=bool)
+        differs |= ~same
+        if (~same & ~in_flight).any():
+            unexplained.append(name)
+    return TimeParity(
+        compared=len(at),
+        equal=int((~differs).sum()),
+        in_flight=int((differs & in_flight).sum()),
+        mismatched=int((differs & ~in_flight).sum()),
+        features=unexplained,
+    )
+
+
+def _bits(value: Any) -> Any:
+    return struct.pack("<d", value) if isinstance(value, float) else value
 
 
 def _tally(engine: Engine, plan: Any, run: HistoryRun, schemas: dict[int, ScoreSchema], orphans: int) -> PipelineParity:

@@ -19,7 +19,7 @@ from .._ext.history import HistoryRun
 from ..app import App
 from ..engine import Engine
 from ..errors import LogError, PenstockError
-from ..plan import PipelinePlan, Slot, suggestion
+from ..plan import PipelinePlan, Plan, Slot, suggestion
 from ..tables import OutColumns, pyarrow
 from .history import History
 from .log_folder import LogFolder
@@ -67,7 +67,7 @@ def run_history(
 
 
 def backfill(
-    app: App,
+    app: App | Plan,
     log: str | Path,
     *,
     pipeline: str | None = None,
