@@ -317,6 +317,8 @@ int ps_log_error(const ps_log *L) {
     return error ? error : __atomic_load_n(&L->refused, __ATOMIC_RELAXED);
 }
 
+int ps_log_begin(ps_log *L) { return L->used ? begin_segment(L, L->current->number + 1) : 0; }
+
 void ps_log_roll(ps_log *L) { __atomic_store_n(&L->roll, 1, __ATOMIC_RELAXED); }
 
 int ps_log_wait(ps_log *L, uint64_t position) {

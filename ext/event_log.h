@@ -74,6 +74,8 @@ void ps_log_abandon(ps_log *);
 int ps_log_error(const ps_log *);
 /* Waits until everything up to a position is on disk, asking for it. 0 or an errno. */
 int ps_log_wait(ps_log *, uint64_t position);
+/* Begins a new segment now, unless the current one is new; the writer's to call. 0 or an errno. */
+int ps_log_begin(ps_log *);
 /* The next append begins a new segment. */
 void ps_log_roll(ps_log *);
 void ps_log_get_stats(ps_log *, ps_log_stats *);

@@ -61,6 +61,7 @@ cdef extern from "event_log.h" nogil:
     void ps_log_abandon(ps_log *)
     int ps_log_error(const ps_log *)
     int ps_log_wait(ps_log *, uint64_t)
+    int ps_log_begin(ps_log *)
     void ps_log_roll(ps_log *)
     void ps_log_get_stats(ps_log *, ps_log_stats *)
     int ps_segment_last_mark(const char *, ps_segment_mark *)
