@@ -23,7 +23,7 @@ from penstock._ext.decision cimport (
 from penstock._ext.event_record cimport (
     PS_RECORD_EVENT, PS_RECORD_SCORE, ps_pad8, ps_record, ps_record_fixed, ps_score,
 )
-from penstock._ext.log cimport EventLog, ps_log_begin
+from penstock._ext.log cimport EventLog
 from penstock._ext.row cimport (
     PS_AGED, PS_BOOL, PS_FLOAT64, PS_INT64, PS_NULL_VALUE, PS_OUTSIDE_MAX_AGE, PS_PRESENT, PS_STR_LENGTH,
     PS_STR, PS_STR_OFFSET, PS_STRING, PS_WIDE,
@@ -203,15 +203,12 @@ cdef class Core:
 
         Returns how many were there. Raises LogError where no new segment can be begun; then nothing has changed.
         """
-        cdef int error
         cdef int found = 0
         self.enter()
         try:
             self.check_open()
             if self.log_ptr != NULL:
-                error = ps_log_begin(self.log_ptr)
-                if error:
-                    raise LogError(f"{self.log.folder}: no new segment can be begun: {os.strerror(error)}")
+                self.log.begin()
             for store, key in zip(stores, keys):
                 found += store.erase(key)
         finally:

@@ -122,6 +122,12 @@ cdef class EventLog:
         """Bytes ever written."""
         return self.api.position(self.ptr) if self.ptr != NULL else 0
 
+    def begin(self):
+        """Begin a new segment now, unless the current one is new; within the engine's lock. Raises LogError."""
+        cdef int error = ps_log_begin(self.ptr) if self.ptr != NULL else 0
+        if error:
+            raise LogError(f"{self.folder}: no new segment can be begun: {os.strerror(error)}")
+
     def roll(self):
         """The next event begins a new segment."""
         if self.ptr != NULL:
