@@ -56,6 +56,7 @@ cdef class HistoryRun(BatchRun):
         int width
         int current
         int counts[2]
+        int ran                   # rows of the current block that were run
         uint8_t block_table[2][256]
         int64_t sequence[2][256]
         uint64_t erased[2][256]   # fields whose value was erased
@@ -73,6 +74,7 @@ cdef class HistoryRun(BatchRun):
 
     cdef void place(self, const ps_record *r, int source, uint64_t erased) noexcept nogil
     cdef int begin_block(self) except -1
+    cdef void shift(self, Rows rows, int by) noexcept nogil
     cdef int flush(self) except -1
     cdef int find(self, int64_t sequence, int *block, int *row) noexcept nogil
     cdef int remember_ids(self, Rows rows, int n) except -1

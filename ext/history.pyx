@@ -237,7 +237,7 @@ cdef class HistoryRun(BatchRun):
                                 raise LogError(f"events {self.expected} to {r.sequence - 1} are missing before offset {at}")
                         if self.expected >= 0:
                             self.expected += 1
-                        if self.want == 1 and self.written + self.counts[self.current] >= self.capacity:
+                        if self.want == 1 and self.written + self.counts[self.current] - self.ran >= self.capacity:
                             full = True
                             if self.expected >= 0:
                                 self.expected -= 1
@@ -269,7 +269,7 @@ cdef class HistoryRun(BatchRun):
                             self.pending_mapping[self.n_pending] = kinds[r.schema]
                             self.n_pending += 1
                     at += length
-            if self.counts[self.current] or self.n_pending:
+            if self.counts[self.current] > self.ran or self.n_pending:
                 self.flush()
         finally:
             self.core.leave()
@@ -290,7 +290,7 @@ cdef class HistoryRun(BatchRun):
 
     cdef int begin_block(self) except -1:
         self.arena_of[self.current].used = <uint32_t>PyBytes_GET_SIZE(self.core.constants)
-        self.counts[self.current] = 0
+        self.counts[self.current] = self.ran = 0
         self.order_table = self.block_table[self.current]
         return 0
 
@@ -319,9 +319,22 @@ cdef class HistoryRun(BatchRun):
                 source.uses[j].api.prefetch(source.uses[j].store, keys.hash[source.uses[j].key])
         return 0
 
+    cdef void shift(self, Rows rows, int by) noexcept nogil:
+        """Let a block begin `by` rows further on, for what runs over its rows."""
+        rows.slots += by * rows.width
+        rows.status += by * rows.width
+        rows.keys += by
+        rows.verdicts += by
+        self.order_table += by
+
     cdef int flush(self) except -1:
-        """Run the block's events, write or compare, and begin the other block. Called inside enter()."""
-        cdef int n = self.counts[self.current]
+        """Run the block's events that have not run, settle the scores that wait. Called inside enter().
+
+        A full block stays to be looked up by scores that follow, and the older one is given up; one that is not full
+        goes on: scores follow their events within one block's length, over any number of segments.
+        """
+        cdef int start = self.ran
+        cdef int n = self.counts[self.current] - start
         cdef Rows rows = <Rows>self.blocks[self.current]
         cdef int which[BLOCK]
         cdef int modes[BLOCK]
@@ -329,21 +342,27 @@ cdef class HistoryRun(BatchRun):
         for i in range(n):
             modes[i] = 2
         if n:
-            with nogil:
-                self.decode(rows, 0, n, 0)
-                scored = self.step(rows, 0, n, modes, True, which)
-            if scored < 0:
-                raise EngineError(f"out of memory at event {self.sequence[self.current][self.advanced]} of the log")
-            if self.restore_ids:
-                self.remember_ids(rows, n)
-            if self.want == 1 and scored:
-                self.write(rows, which, scored, self.written)
-                if self.places is not None:
-                    for i in range(scored):
-                        self.out_sequence[self.written + i] = self.sequence[self.current][which[i]]
-                        self.out_ingest[self.written + i] = rows.keys[which[i]].ingest_time
-                        self.out_outcome[self.written + i] = rows.verdicts[which[i]].outcome
-                self.written += scored
+            self.shift(rows, start)
+            try:
+                with nogil:
+                    self.decode(rows, 0, n, 0)
+                    scored = self.step(rows, 0, n, modes, True, which)
+                if scored < 0:
+                    at = self.sequence[self.current][start + self.advanced]
+                    raise EngineError(f"out of memory at event {at} of the log")
+                if self.restore_ids:
+                    self.remember_ids(rows, n)
+                if self.want == 1 and scored:
+                    self.write(rows, which, scored, self.written)
+                    if self.places is not None:
+                        for i in range(scored):
+                            self.out_sequence[self.written + i] = self.sequence[self.current][start + which[i]]
+                            self.out_ingest[self.written + i] = rows.keys[which[i]].ingest_time
+                            self.out_outcome[self.written + i] = rows.verdicts[which[i]].outcome
+                    self.written += scored
+            finally:
+                self.shift(rows, -start)
+            self.ran = start + n
         for i in range(self.n_pending):
             self.settle(self.pending[i], <ScoreMapping>self.pending_mapping[i])
         self.n_pending = 0
@@ -352,8 +371,7 @@ cdef class HistoryRun(BatchRun):
         if self.progress is not None and self.events - self.reported >= 16384:
             self.progress(self.events - self.reported)
             self.reported = self.events
-        # The block stays to be looked up by scores that follow; the older one is given up.
-        if n:
+        if self.ran == BLOCK:
             self.current = 1 - self.current
             self.begin_block()
         return 0

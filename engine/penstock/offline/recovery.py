@@ -26,6 +26,8 @@ from .schemas import EventSchema, event_mapping, schemas_of, score_mapping
 if TYPE_CHECKING:
     from ..engine import Engine
 
+BLOCK = 256  # rows of a table that are scored at once
+
 __all__ = ["LogOptions", "RecoveryReport", "mappings_of", "open_log", "recover_state"]
 
 Progress = Callable[[int, int], None]
@@ -102,7 +104,8 @@ class _Replay:
         """Events `first` to `last` (None: to the end). expected: the first sequence there must be; -1: any."""
         run = HistoryRun(core, [], None, [], -1, True, None, self._more, rows="none", next_sequence=expected, ids=ids)
         until = last if last is not None else 1 << 62
-        for piece in self.history.pieces(first, until):
+        # The scores of a table are logged behind its events, up to a block of rows later.
+        for piece in self.history.pieces(first, until + BLOCK if ids else until):
             mappings = mappings_of(self.engine, piece.schemas)
             try:
                 reached, why = run.feed(
