@@ -79,6 +79,7 @@ cdef class EventLog:
         int pid
         int users             # inside ps_log_wait; counted with the GIL held
         int failed            # errno of close()
+        bint closing
         uint64_t segment_bytes
         list sources
 

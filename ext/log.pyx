@@ -97,6 +97,7 @@ cdef class EventLog:
         if os.getpid() != self.pid:
             ps_log_abandon(log)
             return
+        self.closing = True
         with nogil:
             ps_log_stop(log)
         while self.users:
@@ -105,6 +106,7 @@ cdef class EventLog:
         with nogil:
             error = ps_log_free(log)
         self.failed = error
+        self.closing = False
         if error:
             raise LogError(f"{self.folder}: closing the event log: {os.strerror(error)}")
 
@@ -137,7 +139,11 @@ cdef class EventLog:
         """Wait until everything up to a position (default: all) is on disk. Raises LogError where the disk failed."""
         cdef ps_log *log = self.ptr
         cdef uint64_t until
-        cdef int error = self.failed
+        cdef int error
+        while self.closing:  # closing syncs: what was appended before is on disk when it is done
+            with nogil:
+                usleep(100)
+        error = self.failed
         if log != NULL:
             self.check_owner()
             until = self.api.position(log) if position is None else position
