@@ -16,7 +16,17 @@ from .errors import EventError, PenstockError
 from .plan import EventPlan, Slot
 from .timestamp import Timestamp, TimestampUnit
 
-__all__ = ["OutColumns", "arrow_table", "column_set", "event_times", "is_column"]
+__all__ = [
+    "OutColumns",
+    "arrow_table",
+    "cast_column",
+    "column_set",
+    "event_times",
+    "first_null",
+    "is_column",
+    "one_array",
+    "sound_column",
+]
 
 FIRST_TIME = -62135596800000000  # 0001-01-01
 LAST_TIME = 253402300799999999  # 9999-12-31
@@ -76,12 +86,12 @@ def column_set(table: Any, event: EventPlan, keys: set[int], aggregated: set[int
     keep: list[Any] = []
     for index, field in enumerate(event.fields):
         if field.name in table.column_names:
-            array = _combined(_sound(table.column(field.name), field.name))
+            array = one_array(sound_column(table.column(field.name), field.name))
         elif field.required:
             raise EventError(f".{field.name}", f"missing column; {event.name} needs it")
         else:
             array = _constant(_default(field), field.type, table.num_rows)
-        array = _cast(array, field.type, field.name, field.unit)
+        array = cast_column(array, field.type, field.name, field.unit)
         columns.append(_column(array, field, index in keys, index in aggregated, keep, is_time=index == event.time))
     return ColumnSet(columns, table.num_rows, keep)
 
@@ -91,13 +101,13 @@ def event_times(table: Any, event: EventPlan) -> npt.NDArray[np.int64]:
     field = event.fields[event.time]
     if field.name not in table.column_names:
         raise EventError(f".{field.name}", f"missing column; {event.name} needs it")
-    array = _cast(_combined(table.column(field.name)), "timestamp", field.name, field.unit)
+    array = cast_column(one_array(table.column(field.name)), "timestamp", field.name, field.unit)
     if array.null_count:
-        raise EventError(f"[{_first_null(array)}].{field.name}", "the event time is missing (null)")
+        raise EventError(f"[{first_null(array)}].{field.name}", "the event time is missing (null)")
     return np.frombuffer(array.buffers()[1], dtype=np.int64)[array.offset : array.offset + len(array)]
 
 
-def _sound(column: Any, name: str) -> Any:
+def sound_column(column: Any, name: str) -> Any:
     """The column, or EventError where its buffers lie: a damaged file would have us read outside them."""
     try:
         column.validate(full=True)
@@ -106,7 +116,7 @@ def _sound(column: Any, name: str) -> Any:
     return column
 
 
-def _combined(column: Any) -> Any:
+def one_array(column: Any) -> Any:
     pa = pyarrow()
     if column.num_chunks == 1:
         return column.chunk(0)
@@ -132,7 +142,7 @@ def _constant(value: Any, slot_type: str, rows: int) -> Any:
     return pa.nulls(rows, kind) if value is None else pa.array([value] * rows, type=kind)
 
 
-def _cast(array: Any, slot_type: str, name: str, unit: str | None) -> Any:
+def cast_column(array: Any, slot_type: str, name: str, unit: str | None) -> Any:
     """The array as the slot's own Arrow type, or EventError where that would change a value."""
     pa = pyarrow()
     import pyarrow.compute as pc
@@ -213,7 +223,7 @@ def _column(array: Any, field: Any, key: bool, aggregated: bool, keep: list[Any]
         data = buffers[1].address + 8 * offset if rows else 0
     if validity and not field.optional:
         what = "the event time is missing (null)" if is_time else "expected a value, got null"
-        raise EventError(f"[{_first_null(array)}].{field.name}", what)
+        raise EventError(f"[{first_null(array)}].{field.name}", what)
     if field.type == "float64":
         return (data, validity, offset, 0, 0, 0, 0)
     if field.type == "string":
@@ -243,7 +253,7 @@ def _column(array: Any, field: Any, key: bool, aggregated: bool, keep: list[Any]
     return (buffers[1].address + 8 * offset if rows else 0, validity, offset, 0, 0, 0, 0)
 
 
-def _first_null(array: Any) -> int:
+def first_null(array: Any) -> int:
     return int(np.argmax(np.asarray(array.is_null())))
 
 

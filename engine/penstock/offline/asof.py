@@ -33,7 +33,7 @@ from .._ext.asof import (
 from .._ext.decision import STATUSES
 from ..definitions.durations import duration_us
 from ..errors import DefinitionError, EventError
-from ..tables import FIRST_TIME, LAST_TIME, _cast, _combined, _first_null, _sound, arrow_table, pyarrow
+from ..tables import FIRST_TIME, LAST_TIME, arrow_table, cast_column, first_null, one_array, pyarrow, sound_column
 
 __all__ = ["FeatureTable", "asof_join", "asof_join_files"]
 
@@ -324,8 +324,8 @@ def _key_chunk(array: Any) -> Any:
 def _times(array: Any, label: str, column: str, first: int) -> Any:
     """Times as an int64 array of microseconds without nulls."""
     if array.null_count:
-        raise EventError(f"{label}[{first + _first_null(array)}].{column}", "the time is missing (null)")
-    return _cast(array, "timestamp", f"{label}.{column}", None)
+        raise EventError(f"{label}[{first + first_null(array)}].{column}", "the time is missing (null)")
+    return cast_column(array, "timestamp", f"{label}.{column}", None)
 
 
 def _int64(array: Any) -> Times:
@@ -488,7 +488,7 @@ class _Join:
 
     def join(self, spine: Any, first: int, progress: Progress | None) -> Any:
         """The spine with all features. first: the number of its first row, for errors."""
-        times = _int64(_times(_combined(spine.column(self.time)), "spine", self.time, first))
+        times = _int64(_times(one_array(spine.column(self.time)), "spine", self.time, first))
         _check_range(times, "spine", self.time, first)
         ids: dict[str, Rows] = {}
         for column in self.keys:
@@ -552,7 +552,7 @@ class _Column:
         self.width = _width(kind)
         self.native: Values | None = None
         if self.width is None:
-            self.other = _sound(column, self.path)
+            self.other = sound_column(column, self.path)
         else:
             chunks = [c.indices if self.dictionary is not None else c for c in column.chunks]
             try:

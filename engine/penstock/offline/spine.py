@@ -23,7 +23,7 @@ from .._ext.windows import WindowStore
 from ..definitions.event import Field
 from ..errors import EventError, LogError, PenstockError
 from ..plan import EventPlan, Output, PipelinePlan, Plan, StorePlan, ViewPlan, suggestion
-from ..tables import FIRST_TIME, LAST_TIME, _cast, _combined, _sound, column_set, pyarrow
+from ..tables import FIRST_TIME, LAST_TIME, cast_column, column_set, one_array, pyarrow, sound_column
 from .history import History
 from .log_folder import LogFolder
 from .schemas import EventSchema, event_mapping
@@ -257,9 +257,9 @@ class Job:
             event = self.plan.events[self.pipeline.event]
             field = event.fields[event.time]
         name = self.time_name
-        column = _combined(_sound(self.spine.column(name), name))
+        column = one_array(sound_column(self.spine.column(name), name))
         unit = field.unit if field is not None and field.name == name else None
-        times = _integers(_cast(column, "timestamp", name, unit), name, "the time is missing (null)")
+        times = _integers(cast_column(column, "timestamp", name, unit), name, "the time is missing (null)")
         outside = (times < FIRST_TIME) | (times > LAST_TIME)
         if outside.any():
             raise EventError(f"[{int(np.argmax(outside))}].{name}", "expected a time between the years 1 and 9999")
@@ -272,8 +272,8 @@ class Job:
         names = self.spine.column_names
         if name not in names:
             raise PenstockError(f"sequence: the spine has no column {name!r}{suggestion(name, names)}")
-        column = _combined(_sound(self.spine.column(name), name))
-        return _integers(_cast(column, "int64", name, None), name, "expected a sequence, got null")
+        column = one_array(sound_column(self.spine.column(name), name))
+        return _integers(cast_column(column, "int64", name, None), name, "expected a sequence, got null")
 
     def _read_spine(self, unit: Unit) -> None:
         """How the rows' keys, and where the row itself counts its values, are read."""

@@ -26,7 +26,7 @@ from ..app import App, load_plan
 from ..engine import Engine
 from ..errors import PenstockError
 from ..plan import Plan
-from ..tables import _combined, _constant, _default, arrow_table, pyarrow
+from ..tables import _constant, _default, arrow_table, one_array, pyarrow
 from .history import History
 from .spine import MOST_PARTS, PRESENT, Asked, Feature, Job, Task, Times, history_events, open_history
 
@@ -189,7 +189,7 @@ class _Values(msgspec.Struct):
             values.status[place] = np.asarray(table.column(f"s{column}").slice(first, last - first))
             part = table.column(f"v{column}").slice(first, last - first)
             if kind == "string":
-                texts.append(_combined(part))
+                texts.append(one_array(part))
                 places.append(place)
             else:
                 values.data[place] = np.asarray(part)
