@@ -20,6 +20,7 @@ from oracles.log_files import events_of
 from penstock import (
     Aggregation,
     Engine,
+    Entity,
     Event,
     EventError,
     FeatureView,
@@ -130,6 +131,7 @@ spines = st.lists(
             "flag": st.sampled_from([None, True]),
             "label": labels,
             "at": st.builds(lambda s, us: BASE + s * SECOND + us, offsets, st.sampled_from([0, 0, 1, -1])),
+            "with": st.sampled_from([None, None, "ingest", "event"]),
             "seen": st.integers(0, 31),
             "extra": st.integers(0, 3),
         }
@@ -192,6 +194,11 @@ def test_any_log_and_spine_give_what_the_oracle_gives(app, rows, spine, mode, wo
     views = [v.name for v in app.views]
     with tempfile.TemporaryDirectory() as folder:
         log = make_log(app, rows, Path(folder) / "log")
+        for row in spine:
+            # Times that are an event's own, or when it was ingested: the edges.
+            if row["with"] is not None and log:
+                one = log[row["seen"] % len(log)]
+                row["at"] = one.ingest_time if row["with"] == "ingest" else one.row["at"]
         table = spine_table(spine)
         how = {"backfill": {"backfill": True}, "seen": {"sequence": "seen"}}.get(mode, {})
         got = training_set(
@@ -531,6 +538,28 @@ def test_keys_duplicates_unknown_and_null(small):
     ):
         again = training_set(SMALL, small, spine.set_column(2, "when", times), features=["spend"], time="when")
         assert again["spend.count_1h"].to_pylist() == [1, 0, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("kind", [int, str])
+def test_keys_of_an_entity_with_a_type_are_read_as_that_type(tmp_path, kind):
+    class Visit(Event):
+        shop: kind
+        at: Timestamp
+
+    app = {
+        "v": FeatureView(
+            "v",
+            entity=Entity("shop", type=kind),
+            source=Visit,
+            aggregations=[Aggregation("count", windows=["1h"])],
+        )
+    }
+    with Engine(app, clock="event", log=tmp_path / "log", log_options=OPTIONS) as engine:
+        for shop in (-12, -12, 7):
+            engine.ingest({"shop": kind(shop), "at": BASE})
+    for keys in (pa.array([-12, 7, 8, None], type=pa.int16()), pa.array(["-12", "7", "07", None])):
+        found = training_set(app, tmp_path / "log", {"shop": keys, "at": [BASE] * 4}, features=["v"], time="at")
+        assert found["v.count_1h"].to_pylist() == [2, 1, 0, 0]
 
 
 def test_ttl_and_a_default_in_place_of_what_is_too_old(small):
