@@ -17,10 +17,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23
-#endif
-
 enum { AHEAD = 4 << 20, PIECE = 256 << 10, TICK_US = 10000, RETRY_US = 500000, STEP_US = 1000000, NAME = 64 };
 enum { MARK_US = 100000 };
 
@@ -335,9 +331,10 @@ int ps_log_wait(ps_log *L, uint64_t position) {
 
 /* ---- the thread ------------------------------------------------------------------------------------------------ */
 
+/* Makes pages ready for writing, by a write that changes nothing, whoever else writes there. Not by MADV_POPULATE_WRITE:
+ * that holds the map of the process's memory, for which the engine waits when its state grows; a fault does not. */
 static void touch(char *base, uint64_t from, uint64_t to) {
-    for (; from < to; from += PIECE) /* best effort: a fault does the same */
-        madvise(base + from, to - from < PIECE ? to - from : PIECE, MADV_POPULATE_WRITE);
+    for (; from < to; from += 4096) __asm__ volatile("lock; orb $0, %0" : "+m"(base[from]) : : "cc");
 }
 
 /* What of a segment is not on disk yet, up to `at`. Not fdatasync: that would write, and make read-only, the pages that
