@@ -414,7 +414,13 @@ def test_a_state_that_does_not_fit_is_split_by_keys(big, monkeypatch, backfill):
     monkeypatch.setattr(training, "LEAST_STATE", 1)
     told = []
     split = training_set(
-        SHOP, log, spine, workers=1, memory="700KB", progress=lambda done, total: told.append((done, total)), **ask
+        SHOP,
+        log,
+        spine,
+        workers=1,
+        memory="1MB" if backfill else "700KB",
+        progress=lambda done, total: told.append((done, total)),
+        **ask,
     )
     assert split.combine_chunks().equals(whole)
     assert told[-1][1] > 2 * 20_000  # more passes than were planned

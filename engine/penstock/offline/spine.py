@@ -398,7 +398,9 @@ class Job:
                 size //= 4
             if self.asked.backfill:
                 size += events * (9 * len(unit.event.fields) + 16)
-            parts = max(1, -(-workers // len(self.units)), -(-size // budget))
+            # Event types differ in how many events there are: with several units, pieces small enough to share out.
+            share = workers if len(self.units) == 1 else -(-2 * workers // len(self.units)) if workers > 1 else 1
+            parts = max(share, -(-size // budget))
             parts = min(parts, MOST_PARTS)
             found += [Task(u, part, parts) for part in range(parts)]
         return found
@@ -454,7 +456,7 @@ class _Pass:
             lateness=lateness,
             n_where=len(store.wheres),
             fingerprint=store.fingerprint,
-            max_bytes=budget,
+            max_bytes=budget // 2 if job.asked.backfill else budget,
         )
         source = Source(unit.event, EventReader(unit.event, set(), set()))
         is_int = unit.event.fields[store.key].type == "int64"
@@ -473,7 +475,7 @@ class _Pass:
             task.parts,
             job.mode,
             reach,
-            budget,
+            budget // 4,  # with backfill: of the events that wait to be sorted, and as much of all event times
             max(2, len(unit.event.fields)),
             store.retention is not None,
         )
