@@ -40,6 +40,7 @@ Rows = npt.NDArray[np.int64]
 TOLERANCE = 1e-9  # between the engine's features and pandas', which sums in another order
 ORACLE_ROWS = 1_000
 ONE_BY_ONE_ROWS = 5_000
+SURVIVAL_ROWS = 40_000  # of the test week: the process is killed half-way
 NEEDED = ("numba", "onnxruntime", "pandas", "pyarrow", "skl2onnx", "sklearn", "xgboost")
 
 
@@ -97,9 +98,10 @@ def main(args: Sequence[str] = ()) -> int:
     show_split(data, rows, past, models)
     mismatches = show_parity(data, features, again, past, models, us_per_event, figures)
     figures.add("parity_mismatches", mismatches, "values")
+    lost = show_survival(past, models, figures)
     seconds = time.perf_counter() - started
     figures.add("seconds", round(seconds, 1), "s")
-    right = counts_right and mismatches == 0
+    right = counts_right and mismatches == 0 and lost == 0
     say(f"\nall of it in {seconds:.0f} s")
     if options.json is not None:
         figures.write(options.json)
@@ -322,6 +324,30 @@ def show_parity(
     return wrong + int(slow_wrong) + replay_wrong + score_wrong
 
 
+def show_survival(past: "History", models: Path, figures: Figures) -> int:
+    """Step 7: a process that scores is killed, another goes on from its log; returns how much was lost or differs."""
+    from penstock.demo.survival import kill_and_recover
+
+    heading(7, "State that survives: the event log")
+    with Progress("scoring the test week in a process with a log, and killing it"):
+        found = kill_and_recover(past, models, SURVIVAL_ROWS)
+    recovery, report = found.recovery, found.parity
+    lost = max(0, found.acknowledged - found.scored)
+    (pipeline,) = report.pipelines
+    compared = sum(f.compared for f in pipeline.features)
+    wrong = sum(f.mismatched for f in [*pipeline.features, *([pipeline.decisions] if pipeline.decisions else [])])
+    fact("acknowledged before the kill", f"{found.acknowledged:,}", "scored one by one, then SIGKILL")
+    fact("  lost", f"{lost:,}", verdict(lost == 0))
+    rate = f"{recovery.events / recovery.seconds:,.0f} events a second"
+    fact("events recovered from the log", f"{recovery.events:,}", f"in {recovery.seconds:.2f} s, {rate}")
+    fact("features of the log's scores compared", f"{compared:,}", f"bit for bit, in {found.parity_seconds:.2f} s")
+    fact("  differ, decisions too", f"{wrong:,}", verdict(wrong == 0))
+    figures.add("acknowledged_lost", lost, "events")
+    figures.add("log_mismatches", wrong, "values")
+    figures.add("recovery_seconds", round(recovery.seconds, 3), "s")
+    return lost + wrong
+
+
 def free_port(host: str, port: int) -> int:
     """The port to serve on, 0 made a free one. Raises PenstockError at the start of the demo, not at its end."""
     from penstock.server.lifecycle import bind
@@ -334,12 +360,12 @@ def free_port(host: str, port: int) -> int:
 
 
 def serve(past: "History", models: Path, host: str, port: int) -> None:
-    """Step 7: the fraud app over HTTP, with the test week and the month before it as if they ended just now."""
+    """Step 8: the fraud app over HTTP, with the test week and the month before it as if they ended just now."""
     from penstock.demo import replays
     from penstock.server import serve as serve_engine
 
     url = f"http://{host}:{port}"
-    heading(7, f"Serving the fraud app on {url}")
+    heading(8, f"Serving the fraud app on {url}")
     now = np.datetime64(int(time.time()), "s")
     with Progress("ingesting a month of transactions and labels"):
         recent = replays.recent(past, now)
