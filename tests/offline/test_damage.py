@@ -188,6 +188,7 @@ def test_flips_of_whole_logs(made, expected, tmp_path, which):
             refusals += 1
             assert path.name in found
             assert "at offset" in found
+            assert "readable records follow" in found
             assert (work / "segments" / files[number].name).read_bytes() == data, "a refusal changes nothing"
         shutil.rmtree(work)
     assert refusals

@@ -32,7 +32,7 @@ from .._ext import log as native
 from ..errors import LogError
 from .schemas import EventSchema, ScoreSchema, read_schema
 
-__all__ = ["Damage", "LogFolder", "Segment"]
+__all__ = ["Damage", "LogFolder", "Segment", "readable_records", "write_whole"]
 
 FORMAT = native.FORMAT
 BLOCK = 512  # what a disk writes whole
@@ -177,14 +177,7 @@ class Segment:
 
     def following(self, start: int) -> tuple[int, int]:
         """(offset of the first record that checks behind `start`, how many records check from there on)."""
-        data = self.data
-        first = at = native.resync(data, self.log_id, self.number, start)
-        count = 0
-        while at < len(data):
-            found = native.scan(data, self.log_id, self.number, at)
-            count += found.records
-            at = native.resync(data, self.log_id, self.number, found.end + 8)
-        return first, count
+        return readable_records(self.data, self.log_id, self.number, start)
 
     def close(self) -> None:
         self.data.release()
@@ -390,6 +383,17 @@ def _joined(scan: Any, more: Any) -> Any:
         last_sequence=more.last_sequence if more.events else scan.last_sequence,
         last_ingest_time=max(times, default=None),
     )
+
+
+def readable_records(data: Any, log_id: int, number: int, start: int) -> tuple[int, int]:
+    """(offset of the first record that checks at or behind `start`, how many records check from there on)."""
+    first = at = native.resync(data, log_id, number, start)
+    count = 0
+    while at < len(data):
+        found = native.scan(data, log_id, number, at)
+        count += found.records
+        at = native.resync(data, log_id, number, found.end + 8)
+    return first, count
 
 
 def any_byte(data: Any) -> bool:

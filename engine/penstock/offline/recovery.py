@@ -19,7 +19,7 @@ from ..errors import LogError
 from ..features.layouts import describe_layouts
 from ..features.snapshot import LoadedSnapshot, load_snapshot
 from .history import History
-from .log_folder import Damage, LogFolder, write_whole
+from .log_folder import Damage, LogFolder, readable_records, write_whole
 from .options import LogOptions, parse_sync
 from .schemas import EventSchema, event_mapping, schemas_of, score_mapping
 
@@ -114,7 +114,11 @@ class _Replay:
             except LogError as error:
                 raise LogError(f"{piece.path}: {error}") from None
             if why == "stopped" and reached < piece.end:
-                raise LogError(f"{piece.path} at offset {reached}: a record does not check")
+                _, n = readable_records(piece.data[: piece.end], piece.log_id, piece.number, reached + 8)
+                raise LogError(
+                    f"{piece.path} at offset {reached}: damaged; {n} readable records follow in it. "
+                    "Nothing was changed; restore the file from a copy"
+                )
         run.done()
         return run.totals
 
