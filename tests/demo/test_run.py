@@ -57,6 +57,8 @@ def test_the_command(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert len(figures) == len(rows)
     assert figures["demo.transactions"] == len(generate(40, 1_000, 2_000))
     assert figures["demo.parity_mismatches"] == 0
+    assert figures["demo.acknowledged_lost"] == 0
+    assert figures["demo.log_mismatches"] == 0
     assert 0 < figures["demo.us_per_event"] < figures["demo.pandas_us_per_event"]
     for model in MODELS:
         assert 0.5 < figures[f"demo.{model}.auc"] < 1
@@ -97,6 +99,7 @@ def test_a_wrong_feature_is_found_and_fails(
     monkeypatch.setattr(run, "show_training", lambda *_: None)
     monkeypatch.setattr(run, "show_table", lambda *_: {})
     monkeypatch.setattr(run, "show_split", lambda *_: None)
+    monkeypatch.setattr(run, "show_survival", lambda *_: 0)
     monkeypatch.setattr(replays, "one_by_one", lambda *_: (0, 0))
     assert run.main(["--days", "30", "--no-serve", "--json", str(file)]) == 1
     figures = {row["name"]: row["value"] for row in json.loads(file.read_text())}

@@ -7,6 +7,7 @@ What must stay true: the number that was read last before the kill was acknowled
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,7 @@ def kill_and_recover(past: History, models: Path, rows: int) -> Survived:
     """Score up to `rows` transactions of the test week in a process with a log, kill it half-way, recover, compare."""
     import pyarrow as pa
 
-    from penstock import Engine
+    from penstock import Engine, PenstockError
     from penstock.demo import fraud
     from penstock.offline.options import LogOptions
     from penstock.offline.parity import parity
@@ -60,7 +61,8 @@ def kill_and_recover(past: History, models: Path, rows: int) -> Survived:
             acknowledged = int(line)
             if acknowledged >= week.num_rows // 2:
                 process.kill()
-        process.wait()
+        if process.wait() != -signal.SIGKILL:
+            raise PenstockError(f"the process that was to be killed ended by itself, with code {process.returncode}")
         with Engine(
             fraud, models=models, clock="event", log=folder / "log", log_options=LogOptions(keeper=False)
         ) as engine:
