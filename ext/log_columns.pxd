@@ -62,4 +62,5 @@ cdef class RecordColumns:
         int64_t records
         bint allocated
 
-    cdef object run(self, const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start, uint64_t end, bint take)
+    cdef object run(self, const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start, uint64_t end,
+                    bint take)

@@ -1,4 +1,4 @@
-"""Records of the event log as columns, and back (hot path): what compaction, reading it back, and erasure do per record.
+"""Records of the event log as columns, and back (hot path): what compaction, reading back and erasure do per record.
 
 A column holds what a reader of Parquet wants to see; beside it stand the status bytes. What must stay true: the records
 built from columns are the records that the columns were made of, bit for bit. A record that columns alone would not
@@ -14,9 +14,9 @@ from libc.string cimport memcmp, memcpy, memset
 from penstock.errors import LogError
 
 from penstock._ext.event_record cimport (
-    PS_ERASED, PS_RECORD_EVENT, PS_RECORD_HEAD, PS_RECORD_MARK, PS_RECORD_MOST, PS_RECORD_SCHEMA, PS_RECORD_SCORE, ps_pad8,
-    ps_record, ps_record_check, ps_record_crc, ps_record_fixed, ps_record_seed, ps_record_slots, ps_record_status,
-    ps_record_strings, ps_record_versions, ps_score,
+    PS_ERASED, PS_RECORD_EVENT, PS_RECORD_HEAD, PS_RECORD_MARK, PS_RECORD_MOST, PS_RECORD_SCHEMA, PS_RECORD_SCORE,
+    ps_pad8, ps_record, ps_record_check, ps_record_crc, ps_record_fixed, ps_record_seed, ps_record_slots,
+    ps_record_status, ps_record_strings, ps_record_versions, ps_score,
 )
 from penstock._ext.row cimport (
     PS_BOOL, PS_FLOAT64, PS_INT64, PS_PRESENT, PS_STR, PS_STR_LENGTH, PS_STR_OFFSET, PS_STRING, PS_WIDE, ps_slot,
@@ -295,8 +295,8 @@ cdef class SchemaColumns:
 
     @property
     def columns(self):
-        """numpy arrays by name. `data.i`, `valid.i` and, for a string, `at.i` (offsets) of each field; `status` n bytes per
-        row; `versions`, `wide` and `record` (with `_at`) of different length per row; `day` since 1970."""
+        """numpy arrays by name. `data.i`, `valid.i` and, for a string, `at.i` (offsets) of each field; `status` n bytes
+        per row; `versions`, `wide` and `record` (with `_at`) of different length per row; `day` since 1970."""
         return self.arrays
 
 
@@ -329,7 +329,8 @@ cdef class RecordColumns:
             self.records = 0
         return self.run(data, log_id, number, start, end, True)
 
-    cdef object run(self, const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start, uint64_t end, bint take):
+    cdef object run(self, const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start, uint64_t end,
+                    bint take):
         cdef uint64_t at = start
         cdef int64_t length = 0
         cdef int64_t before = self.records
@@ -502,8 +503,8 @@ def build_records(int64_t log_id, uint64_t number, int64_t first_sequence, uint6
                   int64_t records, list sources):
     """Columns as checked records again, as they would lie in segment `number` from offset `start` on.
 
-    prelude: bodies of the schema records; marks: int64 watermarks; sources: (schema number, Source), each record's order
-    is 0 to records - 1. Returns (bytes as a uint8 array, offsets of the records, one more than there are).
+    prelude: bodies of the schema records; marks: int64 watermarks; sources: (schema number, Source), each record's
+    order is 0 to records - 1. Returns (bytes as a uint8 array, offsets of the records, one more than there are).
     Raises LogError where columns are missing or contradict each other.
     """
     cdef int64_t i, order, length, row
@@ -610,8 +611,8 @@ def prelude_end(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64
 
 
 def same_records(const uint8_t[::1] a, uint64_t a_at, const uint8_t[::1] b, uint64_t b_at, uint64_t b_end):
-    """How many records of b, from b_at to b_end, are those of a from a_at on, but for their checksums, which depend on the
-    place. Returns (offset reached in a, offset reached in b): the first record that differs, or b_end."""
+    """Up to where records of b, from b_at to b_end, are those of a from a_at on but for their checksums, which depend
+    on the place. Returns (offset reached in a, offset reached in b): the first record that differs, or b_end."""
     cdef const ps_record *x
     cdef const ps_record *y
     cdef uint64_t size = a.shape[0]
@@ -633,7 +634,21 @@ def same_records(const uint8_t[::1] a, uint64_t a_at, const uint8_t[::1] b, uint
 # ---- erasure
 
 
-cdef bint is_key(const ps_record *r, int i, uint8_t type, const uint8_t[::1] text, bint has_integer, int64_t integer) noexcept nogil:
+cdef bint has_its_strings(const ps_record *r, const uint8_t *types) noexcept nogil:
+    """Whether every string of a record lies within it."""
+    cdef uint32_t room = r.length - ps_record_fixed(r.kind == PS_RECORD_SCORE, r.n_versions, r.n_fields)
+    cdef uint64_t u
+    cdef int i
+    for i in range(r.n_fields):
+        u = ps_record_slots(r)[i].u
+        if types[i] == PS_STRING and ps_record_status(r)[i] & 7 == PS_PRESENT:
+            if PS_STR_OFFSET(u) > room or PS_STR_LENGTH(u) > room - PS_STR_OFFSET(u):
+                return False
+    return True
+
+
+cdef bint is_key(const ps_record *r, int i, uint8_t type, const uint8_t[::1] text, bint has_integer,
+                 int64_t integer) noexcept nogil:
     cdef const ps_slot *slots = ps_record_slots(r)
     cdef uint8_t status = ps_record_status(r)[i]
     if status & 7 != PS_PRESENT or status & PS_WIDE:
@@ -649,7 +664,7 @@ def erase_key(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t
               text, integer, bytes new_text, int64_t new_integer):
     """Records from `start` to `end` with one key replaced by another and flagged.
 
-    schemas: per schema number (is it a score's, names of the fields' types, indices of the fields that may hold the key).
+    schemas: per schema number (is it a score's, names of the fields' types, indices of fields that may hold the key).
     text, integer: the key as a string field and as an integer field has it; None: no field of that type can hold it.
     Returns (the records as bytes that begin at offset `start`, events changed, scores changed); (None, 0, 0) where no
     record has the key. Every record gets a checksum for its new place. Raises LogError at one that does not check.
@@ -701,7 +716,10 @@ def erase_key(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t
                 break
             r = <const ps_record *>(base + at)
             if r.kind == PS_RECORD_EVENT or r.kind == PS_RECORD_SCORE:
-                if r.schema >= n_schemas or r.n_fields != width[r.schema] or (r.kind == PS_RECORD_SCORE) != score_of[r.schema]:
+                if (r.schema >= n_schemas or r.n_fields != width[r.schema]
+                        or (r.kind == PS_RECORD_SCORE) != score_of[r.schema]
+                        or r.length < ps_record_fixed(r.kind == PS_RECORD_SCORE, r.n_versions, r.n_fields)
+                        or not has_its_strings(r, types_of[r.schema])):
                     wrong = 1
                     break
                 hits = 0

@@ -201,6 +201,8 @@ class BatchStore:
         if self.local is not None:
             (self.local / path).parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.local / path, data)
+            for parent in (self.local, self.local.parent):
+                _sync(parent)
             return
         filesystem, full = self._at(path)
         with _named(self, path), filesystem.open_output_stream(full) as stream:
@@ -228,9 +230,9 @@ class BatchStore:
         if self.local is not None:
             found = (self.local / folder).rglob("*")
             return [str(p.relative_to(self.local)) for p in found if p.is_file()]
+        filesystem, full = self._at(folder)
         from pyarrow import fs
 
-        filesystem, full = self._at(folder)
         with _named(self, folder):
             infos = filesystem.get_file_info(fs.FileSelector(full, recursive=True, allow_not_found=True))
         root = full[: -len(folder)]
@@ -238,9 +240,9 @@ class BatchStore:
 
     def write_table(self, path: str, table: Any, **options: Any) -> int:
         """A Parquet file, on disk when this returns; returns its size."""
+        filesystem, full = self._at(path)
         from pyarrow import parquet
 
-        filesystem, full = self._at(path)
         with _named(self, path):
             if self.local is None:
                 with filesystem.open_output_stream(full) as stream:
@@ -259,9 +261,9 @@ class BatchStore:
             return target.stat().st_size
 
     def read_table(self, path: str) -> Any:
+        filesystem, full = self._at(path)
         from pyarrow import parquet
 
-        filesystem, full = self._at(path)
         with _named(self, path), filesystem.open_input_file(full) as stream:
             return parquet.ParquetFile(stream, pre_buffer=self.local is None).read()
 
@@ -371,7 +373,7 @@ def _types(schema: Schema) -> list[str]:
 def _names(schema: Schema) -> list[str]:
     """Names of the columns of a schema's fields."""
     names = [name for name, _ in schema.values] if isinstance(schema, ScoreSchema) else [f.name for f in schema.fields]
-    return [f"{name}_" if name.rstrip("_") in OWN_COLUMNS else name for name in names]
+    return [f"{name}_" if name.rstrip("_") in OWN_COLUMNS or name.startswith("_arm_") else name for name in names]
 
 
 def _layout(schema: Schema) -> tuple[bool, list[str], int]:
@@ -451,6 +453,8 @@ def _table(schema: Schema, c: dict[str, Any]) -> Any:
         columns["_action"] = _words(action, schema.actions)
         columns["_model"] = _words(model, ["@".join(pair) for pair in schema.models])
         columns["_failed"] = _words(failed, schema.failures)
+        for i, (experiment, arms) in enumerate(schema.arms):
+            columns[f"_arm_{experiment}"] = _words(codes[:, 6 + i].view(np.int8).astype(np.int16), arms)
         columns["_score"] = _plain(pa.float64(), c["score"], c["score_valid"])
     for i, (name, kind) in enumerate(zip(names, _types(schema))):
         valid = c[f"valid.{i}"]
@@ -586,7 +590,8 @@ def _written(schema: Schema) -> dict[str, Any]:
     growing = ["_sequence", "_ingest_time", "_order"]
     growing += ["_as_of"] if isinstance(schema, ScoreSchema) else [_names(schema)[schema.time]]
     words = ["_outcome", "_status"]
-    words += ["_action", "_model", "_failed", "_codes", "_fired"] if isinstance(schema, ScoreSchema) else []
+    if isinstance(schema, ScoreSchema):
+        words += ["_action", "_model", "_failed", "_codes", "_fired", *(f"_arm_{name}" for name, _ in schema.arms)]
     words += [
         name
         for name, kind in zip(_names(schema), _types(schema))

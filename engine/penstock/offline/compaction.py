@@ -67,7 +67,7 @@ def compact(
     """Turn the closed segments of a log folder into Parquet; the folder may be in use. progress: (bytes done, of).
 
     uri: a folder or an object store (s3://bucket/prefix), kept in the folder from then on; by default DIR/parquet.
-    batch_bytes: segments go together into a batch until they have so many bytes; a batch is in memory as a whole.
+    batch_bytes: segments go together into a batch of at most so many bytes; a batch is in memory as a whole.
     Raises LogError where a segment cannot be read or the place not be written; what is there stays as it was.
     """
     reason = unavailable()
@@ -127,7 +127,7 @@ def writing(folder: LogFolder) -> Iterator[None]:
 
 
 def _groups(folder: LogFolder, numbers: list[int], batch_bytes: int) -> Iterator[list[Segment]]:
-    """Closed segments that go together: with the same schemas, of about so many bytes. The caller closes them."""
+    """Closed segments that go together: with the same schemas, of at most so many bytes. The caller closes them."""
     group: list[Segment] = []
     prelude: bytes | None = None
     size = 0
@@ -137,7 +137,7 @@ def _groups(folder: LogFolder, numbers: list[int], batch_bytes: int) -> Iterator
             segment.close()
             break  # its end is still being written, or is damaged: recovery will say
         mine = _schemas(segment)
-        if group and (mine != prelude or size >= batch_bytes):
+        if group and (mine != prelude or size + segment.size > batch_bytes):
             yield group
             group, size = [], 0
         prelude = mine

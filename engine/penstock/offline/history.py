@@ -101,6 +101,10 @@ class _Known:
         )
 
 
+def _follow(stopped: Damage | None, segment: Segment) -> str:
+    return f"{stopped}; {segment.scan().records} readable records follow in {segment.path.name}, which was on disk"
+
+
 class History:
     """All events of a log folder. A folder that another process writes may be read; it is read as of now."""
 
@@ -147,24 +151,27 @@ class History:
         for number in numbers:
             if number <= compacted:
                 continue
-            if cut:
-                self.beyond.append(number)
-                continue
             segment = self.folder.segment(number)
             try:
+                if cut:
+                    # It is synced only once the one before it is: what was on disk is no part of a power cut's hole.
+                    if segment.mark is not None and segment.mark.synced > segment.start:
+                        raise LogError(_follow(stopped, segment))
+                    self.beyond.append(number)
+                    continue
                 whole = (
                     segment.sealed_end is not None and segment.head is not None and segment.size >= segment.sealed_end
                 )
                 if whole and number != newest:
                     known = _Known.of_segment(number, segment, segment.sealed_end or 0, None)
                 else:
-                    end, found, scan = self.folder.check(segment, last=number == newest)
+                    end, found, scan = self.folder.check(segment)
                     damages += found
                     if scan.events == 0 and not found and segment.head is None:
                         continue
                     known = _Known.of_segment(number, segment, end, scan)
                     if stopped is not None and scan.records:
-                        raise LogError(f"{stopped}; segment {segment.path.name} behind it holds {scan.records} records")
+                        raise LogError(_follow(stopped, segment))
                     stopped = next((d for d in found if d.kind != "header"), stopped)
                     synced = segment.mark.synced if segment.mark is not None else end + 1
                     # A power cut behind the last sync takes what follows with it; so does a hole in the newest segment.
@@ -206,7 +213,8 @@ class History:
             if known.batch is not None:
                 continue
             segment = self.folder.segment(known.number)
-            open_end = segment.sealed_end is None or segment.size > segment.sealed_end
+            sealed = segment.sealed_end
+            open_end = sealed is None or segment.size != sealed or known.end < sealed
             segment.close()
             if open_end:
                 self.folder.seal(known.number, known.end, known.last if known.last is not None else -1)
