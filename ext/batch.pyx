@@ -106,6 +106,7 @@ cdef class BatchRun:
         cdef list ids = None
         while start < self.total:
             n = BLOCK if self.total - start > BLOCK else <int>(self.total - start)
+            self.advanced = 0
             core.enter()
             try:
                 if self.ingest:
@@ -132,6 +133,7 @@ cdef class BatchRun:
             if self.pipe is not None:
                 self.pipe.error = None
             if code != 0:
+                core.wait_for_log()
                 raise core.not_ingested(code, f"the first {start + self.advanced} of {self.total} rows were ingested")
             core.wait_for_log()
             start += n

@@ -380,7 +380,7 @@ cdef class Core:
 
     cdef int wait_for_log(self) except -1:
         """With `fsync always`: until what was appended is on disk. Outside enter(), so that threads share a sync."""
-        if self.wait_here and self.log_ptr != NULL:
+        if self.wait_here and self.log is not None:
             self.log.wait()
         return 0
 

@@ -322,6 +322,8 @@ class Engine:
     def reopen(self) -> Engine:
         """In a child process after a fork: go on with the state as it was, as an engine of its own."""
         self.core.reopen()
+        # The log folder and its keeper are the parent's.
+        self._keeper = self._folder = None
         return self
 
     @property

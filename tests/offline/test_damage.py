@@ -367,7 +367,6 @@ def test_a_newer_version(made, expected, tmp_path):
     assert path.name in found
 
 
-@pytest.mark.xfail(reason="offline/history.py: a sealed segment whose end is damaged is not sealed anew")
 def test_damage_that_is_behind_a_sync_is_kept(made, expected, tmp_path):
     """The end of what was on disk is lost: said, and the file as it was is kept beside."""
     log = copied(made, "closed", tmp_path)
@@ -525,7 +524,6 @@ def test_a_power_cut_after_a_roll(rolled, tmp_path):
         shutil.rmtree(work)
 
 
-@pytest.mark.xfail(reason="offline/history.py: segments behind a hole are cut off although they were synced")
 def test_a_hole_before_a_synced_segment_is_damage(rolled, tmp_path):
     """A segment is synced only when the one before it is sealed: a hole there is no power cut."""
     folder, expected, synced, _ = rolled

@@ -189,7 +189,7 @@ def _log_verify(given: Any) -> int:
         for i, segment in enumerate(folder.segments()):
             progress(i, len(numbers))
             try:
-                _, damages, scan = folder.check(segment, last=segment.number == numbers[-1])
+                _, damages, scan = folder.check(segment)
             except PenstockError as error:
                 rows.append([segment.path.name, "", str(error)])
                 wrong += 1

@@ -157,10 +157,12 @@ def _used(path: Path, number: int) -> int:
 def _watch(path: Path, options: LogOptions) -> None:
     """Look at the folder until stdin ends; start a round when the log has grown enough, or a segment was closed."""
     last_number, last_bytes = None, 0
+    parent = os.getppid()
     grown, closed = 0, False
     last_round = time.monotonic() - MOST_OFTEN
     while True:
-        ended, _, _ = select.select([sys.stdin], [], [], LOOK_EVERY)
+        ready, _, _ = select.select([sys.stdin], [], [], LOOK_EVERY)
+        ended = ready or os.getppid() != parent  # a forked child of the parent may still hold the pipe
         number = _newest(path)
         used = _used(path, number)
         if last_number is None:

@@ -334,7 +334,7 @@ class LogFolder:
             stream.truncate(end)
             os.fsync(stream.fileno())
 
-    def check(self, segment: Segment, *, last: bool = True) -> tuple[int, list[Damage], Any]:
+    def check(self, segment: Segment) -> tuple[int, list[Damage], Any]:
         """How far a segment can be read: (offset, damages, native.Scan).
 
         Raises LogError where reading must stop although readable records follow, and no power cut explains it.

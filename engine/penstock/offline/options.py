@@ -6,6 +6,8 @@ import msgspec
 
 from ..definitions.durations import duration_us
 
+LEAST_SEGMENT, MOST_SEGMENT = 1 << 12, 1 << 40
+
 __all__ = ["LogOptions", "parse_retention", "parse_sync"]
 
 
@@ -32,6 +34,18 @@ class LogOptions(msgspec.Struct, frozen=True, kw_only=True):
     snapshot_bytes: int = 1 << 30
     parquet: str | None = None
     retention: str | None = None
+
+    def __post_init__(self) -> None:
+        parse_sync(self.sync)
+        parse_retention(self.retention)
+        if not 0 <= self.scores <= 1:
+            raise ValueError(f"scores: expected a share from 0 to 1, got {self.scores!r}")
+        if not LEAST_SEGMENT <= self.segment_bytes <= MOST_SEGMENT:
+            raise ValueError(f"segment_bytes: expected {LEAST_SEGMENT} to {MOST_SEGMENT}, got {self.segment_bytes!r}")
+        if not 0 <= self.segment_seconds <= 366 * 86_400:
+            raise ValueError(f"segment_seconds: expected 0 (never) to a year, got {self.segment_seconds!r}")
+        if self.snapshot_bytes < 1:
+            raise ValueError(f"snapshot_bytes: expected at least 1, got {self.snapshot_bytes!r}")
 
 
 def parse_sync(text: str) -> int:
