@@ -69,7 +69,7 @@ def test_scores_in_pieces(folder, monkeypatch):
 
 
 def test_what_is_asked_for_must_be_there(folder):
-    with pytest.raises(PenstockError, match="no feature 'spend.cuont_1h'; did you mean spend.count_1h"):
+    with pytest.raises(PenstockError, match=r"no feature 'spend\.cuont_1h'; did you mean spend\.count_1h"):
         backfill(str(SHOP), folder, features=["spend.cuont_1h"])
     with pytest.raises(PenstockError, match='expected "events" or "scores"'):
         backfill(str(SHOP), folder, spine="rows")

@@ -11,7 +11,7 @@ from penstock import Engine
 from penstock.cli import main
 from penstock.offline.parity import parity
 
-BY_NAME = "spend.count_1h spend.count_1d spend.mean_amount_1d spend.last_note_1d".split()
+BY_NAME = ["spend.count_1h", "spend.count_1d", "spend.mean_amount_1d", "spend.last_note_1d"]
 
 
 def of(report, name):

@@ -118,7 +118,7 @@ def test_segments_that_are_missing_are_missed(tmp_path):
         Engine(str(SHOP), log=tmp_path / "log", log_options=options)
     folder.segment_path(numbers[2]).write_bytes(kept)
     folder.segment_path(numbers[0]).unlink()
-    with pytest.raises(LogError, match="missing|begins"):
+    with pytest.raises(LogError, match=r"missing|begins"):
         Engine(str(SHOP), log=tmp_path / "log", log_options=options)
 
 

@@ -1,9 +1,9 @@
 """The keeper (control path): a child process that takes snapshots, compacts closed segments and drops old history.
 
 It reads the log folder as it grows and never asks the serving process for anything, so scoring is not held up: a
-snapshot is the one before plus the log's tail, replayed here. Each round runs in a process of its own, which gives its memory
-back. What must stay true: a round that is killed at any point leaves the folder as it was, or better; the keeper ends
-when its parent does.
+snapshot is the one before plus the log's tail, replayed here. Each round runs in a process of its own, which gives its
+memory back. What must stay true: a round that is killed at any point leaves the folder as it was, or better; the keeper
+ends when its parent does.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ class FeatureParity(msgspec.Struct, kw_only=True):
 
 
 class TimeParity(msgspec.Struct, frozen=True, kw_only=True):
-    """Scores against a training set that was asked for with T alone. in_flight: rows that differ, and between whose T and
-    scoring other events came in, which T alone leaves out (S5): never a mismatch."""
+    """Scores against a training set that was asked for with T alone. in_flight: rows that differ, and between whose
+    T and scoring other events came in, which T alone leaves out (S5): never a mismatch."""
 
     compared: int
     equal: int
@@ -125,8 +125,8 @@ class ParityReport(msgspec.Struct, kw_only=True):
                 lines.append("  decisions were not compared: they need the same pipeline and its model folder")
             if (t := pipeline.by_time) is not None:
                 lines.append(
-                    f"  by time alone: {t.compared:,} rows, {t.equal:,} equal, {t.in_flight:,} differ by events in flight, "
-                    f"{t.mismatched:,} mismatched{': ' + ', '.join(t.features) if t.features else ''}"
+                    f"  by time alone: {t.compared:,} rows, {t.equal:,} equal, {t.in_flight:,} differ by "
+                    f"events in flight, {t.mismatched:,} mismatched{': ' + ', '.join(t.features) if t.features else ''}"
                 )
             if pipeline.not_found:
                 lines.append(f"  {pipeline.not_found:,} scores whose event history no longer holds")
@@ -149,7 +149,8 @@ def parity(
     """Compute every logged score's features (with `models` also its decision) anew from the log, and compare.
 
     by_time: also compare a training set asked for with each score's T alone; rows that differ by events in flight are
-    counted apart. The folder may be in use by a server. Raises LogError where history cannot be read, DefinitionError for a wrong app.
+    counted apart. The folder may be in use by a server.
+    Raises LogError where history cannot be read, DefinitionError for a wrong app.
     """
     history = History(LogFolder(log))
     history.check()
