@@ -32,6 +32,7 @@ from .tables import FIRST_TIME, LAST_TIME, OutColumns, arrow_table, column_set, 
 from .timestamp import Timestamp
 
 if TYPE_CHECKING:
+    from .offline.erasure import ErasureReport
     from .offline.log_folder import LogFolder
     from .offline.options import LogOptions
     from .offline.recovery import RecoveryReport
@@ -308,6 +309,24 @@ class Engine:
             [dict(zip(names, values)) for values, _ in found],
             [dict(zip(names, statuses)) for _, statuses in found],
         )
+
+    def erase(self, entity: str, key: str | int) -> ErasureReport | None:
+        """Forget one entity (a privacy request): its state goes, and in the log, its Parquet and its snapshots its key
+        becomes a random one. Other entities' windows stay as they are. Files are written anew: it may take a while.
+
+        Returns what was found in the log; None where the engine has none. Raises PenstockError for an unknown entity.
+        """
+        stores = [store for store in self.plan.stores if store.entity == entity]
+        if not stores:
+            entities = {store.entity for store in self.plan.stores}
+            raise PenstockError(f"no view has the entity {entity!r}{suggestion(entity, entities)}")
+        keys = [_as_key(key, store.key_type, self._typed_entity(entity)) for store in stores]
+        self.core.erase([self.stores[store.index] for store in stores], keys)
+        if self._folder is None:
+            return None
+        from .offline.erasure import erase_closed
+
+        return erase_closed(self._folder, entity, key)
 
     # the engine itself
 
