@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from offline.compacting import records_of, recovered, shop_log
 from offline.test_erasure import SECRET, shop_with_secret
+from offline.test_retention import APP, OPTIONS, days
 
+from penstock import Engine
 from penstock.errors import LogError
 from penstock.offline.batches import BatchStore
 from penstock.offline.compaction import compact
@@ -99,5 +102,32 @@ def test_a_bucket_that_is_not_there_is_named_and_the_log_stays(tmp_path: Path, s
     take_snapshot(folder)
     with pytest.raises(LogError, match="s3://no-such-bucket"):
         compact(folder, "s3://no-such-bucket/logs")
-    (folder / "offline.json").unlink()
+    assert records_of(folder) == records
+    assert compact(folder, store).removed == 2  # another place may be named while nothing is there
+    assert records_of(folder) == records
+
+
+def test_an_engine_starts_without_the_object_store(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = days(tmp_path / "log", 3)  # without event ids, which may have to be read again
+    records = records_of(folder)
+    assert compact(folder, store).removed == 2
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        with Engine(APP, log=folder, log_options=OPTIONS) as engine:
+            assert engine.core.next_sequence == 15
+    # A folder that was restored without its copies of the manifests asks the store.
+    shutil.rmtree(folder / "batches")
+    assert records_of(folder) == records
+
+
+def test_a_kill_between_the_store_and_the_folder_is_cleaned_up(tmp_path: Path, store: str) -> None:
+    folder = shop_log(tmp_path / "log", n=20)
+    records = records_of(folder)
+    compact(folder, store, batch_bytes=1)
+    remote = BatchStore.of(LogFolder(folder))
+    (folder / "batches" / f"{remote.batches()[-1].name}.json").unlink()
+    (folder / "writing.json").write_bytes(b"{}")
+    assert records_of(folder) == records
+    assert compact(folder, batch_bytes=1).batches == 1
+    assert len(remote.listed("batches")) == len(remote.batches()) == 2
     assert records_of(folder) == records

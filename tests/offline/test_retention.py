@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,15 @@ def test_a_kill_at_any_file_operation_leaves_history_without_a_hole(tmp_path: Pa
         assert set(records_of(copy)) <= whole
 
     assert every_kill(folder, lambda copy: retain(copy, DAY), check) > 5
+
+
+def test_a_log_of_which_only_an_empty_segment_is_left_goes_on(tmp_path: Path) -> None:
+    folder = days(tmp_path / "log", 3)
+    with Engine(APP, log=folder, log_options=OPTIONS):  # its segment holds nothing yet
+        for number in (1, 2, 3):
+            LogFolder(folder).segment_path(number).unlink()
+        shutil.copytree(folder, tmp_path / "killed", ignore=shutil.ignore_patterns("spare-*"))
+    with Engine(APP, log=tmp_path / "killed", log_options=OPTIONS) as engine:
+        assert engine.core.next_sequence == 15
+        engine.score({"user": "u0", "at": T0 + 3 * DAY})
+    assert begins(tmp_path / "killed") == 15

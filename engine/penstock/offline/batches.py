@@ -3,15 +3,18 @@
     ROOT/events/<EventType>/date=YYYY-MM-DD/<first>-<last>.parquet     a column per field, by the event's time
     ROOT/scores/<pipeline>/date=YYYY-MM-DD/<first>-<last>.parquet      a column per logged value, by the score's as_of
     ROOT/batches/<first>-<last>.json                                   what belongs together; written last
+    DIR/batches/<first>-<last>.json                                    the same, where ROOT is an object store
 
-Names of Penstock's own columns begin with an underscore. What must stay true: a batch without its manifest does not
-exist, and what is read back are the records that were compacted, bit for bit, or an error.
+The log folder says which batches there are: an engine starts without asking the object store. Names of Penstock's own
+columns begin with an underscore. What must stay true: a batch without its manifest does not exist, and what is read
+back are the records that were compacted, bit for bit, or an error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -131,11 +134,15 @@ class _Location(msgspec.Struct):
 
 
 class BatchStore:
-    """Where the batches of one log are: a local folder, or what pyarrow.fs can reach."""
+    """Where the batches of one log are: a local folder, or what pyarrow.fs can reach.
 
-    def __init__(self, uri: str, log_id: int) -> None:
+    index: a local folder with copies of an object store's manifests; which ones are in it is what counts.
+    """
+
+    def __init__(self, uri: str, log_id: int, index: Path) -> None:
         self.uri = uri
         self.log_id = log_id
+        self.index = index
         self.local = Path(uri.removeprefix("file://")) if "://" not in uri or uri.startswith("file://") else None
         self._opened: tuple[Any, str] | None = None
 
@@ -153,7 +160,8 @@ class BatchStore:
             known = default
         except msgspec.DecodeError as error:
             raise LogError(f"{path}: cannot be read: {error}") from None
-        store = BatchStore(known, folder.log_id)
+        index = folder.path / "batches"
+        store = BatchStore(known, folder.log_id, index)
         if uri is None:
             return store
         wanted = uri if "://" in uri else str(Path(uri).resolve())
@@ -163,8 +171,10 @@ class BatchStore:
                     f"{folder.path}: its compacted history is in {known}, not in {wanted}; "
                     f"move it there and say so in {path}"
                 )
+            store = BatchStore(wanted, folder.log_id, index)
+            store.make_index()
             write_whole(path, msgspec.json.encode(_Location(wanted)))
-        return BatchStore(wanted, folder.log_id)
+        return store
 
     def __str__(self) -> str:
         return self.uri.split("?")[0]
@@ -271,14 +281,11 @@ class BatchStore:
 
     def batches(self) -> list[Batch]:
         """The manifests, oldest first. Raises LogError where one cannot be read or batches contradict each other."""
-        if self.local is not None and not (self.local / "batches").is_dir():
-            return []
-        paths = [p for p in self.listed("batches") if p.endswith(".json") and not p.rsplit("/", 1)[1].startswith(".")]
-        if self.local is not None:
-            found = [self._read_batch(path) for path in paths]
+        here = self.index if self.local is None else self.local / "batches"
+        if here.is_dir():
+            found = [self._read_batch(path) for path in here.glob("[0-9]*.json")]
         else:
-            with ThreadPoolExecutor(LISTED_AT_ONCE) as pool:
-                found = list(pool.map(self._read_batch, paths))
+            found = self._remote_batches() if self.local is None else []
         batches = sorted((b for b in found if b is not None), key=lambda b: b.number)
         for before, after in pairwise(batches):
             if after.number != before.segments[-1].number + 1:
@@ -288,44 +295,71 @@ class BatchStore:
                 )
         return batches
 
-    def _read_batch(self, path: str) -> Batch | None:
+    def _remote_batches(self) -> list[Batch | None]:
+        """What the object store itself says: a log folder that was restored without its index."""
+        with ThreadPoolExecutor(LISTED_AT_ONCE) as pool:
+            return list(pool.map(self._read_batch, (p for p in self.listed("batches") if p.endswith(".json"))))
+
+    def make_index(self) -> None:
+        """The index of an object store that is new to this log folder."""
+        shutil.rmtree(self.index, ignore_errors=True)
+        if self.local is None:
+            batches = self._remote_batches()
+            self.index.mkdir()
+            for batch in batches:
+                if batch is not None:
+                    write_whole(self.index / f"{batch.name}.json", _encoded(batch))
+
+    def _read_batch(self, path: str | Path) -> Batch | None:
         try:
-            data = self.read(path)
+            data = path.read_bytes() if isinstance(path, Path) else self.read(path)
         except FileNotFoundError:
             return None  # retention came between
+        if isinstance(path, str):
+            path = f"{self}/{path}"
         try:
             checked = msgspec.json.decode(data, type=_Checked)
             if zlib.crc32(bytes(checked.batch)) != checked.crc32:
-                raise LogError(f"{self}/{path}: damaged: its checksum does not hold; restore it from a copy")
+                raise LogError(f"{path}: damaged: its checksum does not hold; restore it from a copy")
             format = msgspec.json.decode(checked.batch, type=dict[str, Any])["format"]
             if format > FORMAT:
                 raise LogError(
-                    f"{self}/{path}: written by a newer version of Penstock "
-                    f"(format {format}, this one reads up to {FORMAT})"
+                    f"{path}: written by a newer version of Penstock (format {format}, this one reads up to {FORMAT})"
                 )
             batch = msgspec.json.decode(checked.batch, type=Batch)
         except (msgspec.DecodeError, LookupError, UnicodeDecodeError) as error:
-            raise LogError(f"{self}/{path}: damaged: {error}") from None
+            raise LogError(f"{path}: damaged: {error}") from None
         if batch.log_id != self.log_id:
-            raise LogError(f"{self}/{path}: this batch is of another log ({batch.log_id}, not {self.log_id})")
+            raise LogError(f"{path}: this batch is of another log ({batch.log_id}, not {self.log_id})")
         return batch
 
     def put_batch(self, batch: Batch) -> None:
         """The manifest: from now on the batch exists."""
-        body = msgspec.json.encode(batch)
-        data = msgspec.json.encode(_Checked(zlib.crc32(body), msgspec.Raw(body)))
-        self.write(f"batches/{batch.name}.json", data)
+        self.write(f"batches/{batch.name}.json", _encoded(batch))
+        if self.local is None:
+            self.index.mkdir(exist_ok=True)
+            write_whole(self.index / f"{batch.name}.json", _encoded(batch))
 
     def remove_batch(self, batch: Batch) -> None:
         """The manifest first: a batch is there whole or not at all."""
+        if self.local is None:
+            (self.index / f"{batch.name}.json").unlink(missing_ok=True)
         self.remove([f"batches/{batch.name}.json"])
         self.remove(file.path for file in batch.files)
 
     def remove_leftovers(self) -> int:
         """Files that belong to no batch: what a killed compaction or erasure left behind."""
-        kept = {file.path for batch in self.batches() for file in batch.files}
-        lost = [p for folder in ("events", "scores") for p in self.listed(folder) if p not in kept]
-        return self.remove(p for p in lost if p.endswith((".parquet", ".part")))
+        batches = self.batches()
+        kept = {file.path for batch in batches for file in batch.files}
+        kept |= {f"batches/{batch.name}.json" for batch in batches}
+        lost = [p for folder in ("batches", "events", "scores") for p in self.listed(folder) if p not in kept]
+        return self.remove(p for p in lost if p.endswith((".parquet", ".part", ".json")))
+
+
+def _encoded(batch: Batch) -> bytes:
+    """The bytes of a manifest's file."""
+    body = msgspec.json.encode(batch)
+    return msgspec.json.encode(_Checked(zlib.crc32(body), msgspec.Raw(body)))
 
 
 @contextlib.contextmanager

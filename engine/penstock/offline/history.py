@@ -193,11 +193,13 @@ class History:
                 )
         times = [known.last_ingest_time for known in self.known if known.last_ingest_time is not None]
         self.last_ingest_time = max(times, default=0)
-        lasts = [known.last for known in self.known if known.last is not None and known.last >= 0]
+        lasts = [known.last for known in self.known if known.last is not None]
+        # A segment without events says by its first sequence which were before it.
+        lasts += [known.first - 1 for known in self.known if known.first is not None]
         self.last_sequence = max(lasts, default=-1)
         self.first_sequence, self.last_number = -1, 0
         if self.known:
-            self.first_sequence = min(self.known[0].first or 0, self.last_sequence)
+            self.first_sequence = (self.known[0].first or 0) if self.last_sequence >= 0 else -1
             self.last_number = self.known[-1].last_number
         return damages
 
