@@ -276,6 +276,11 @@ class History:
         """Watermarks where the last segment begins."""
         return self.known[-1].starts[-1][1] if self.known else {}
 
+    def first_watermarks(self) -> dict[str, int]:
+        """Watermarks where history begins: what retention removed is not newer. A window at T is whole where T less its
+        length is not before its source's."""
+        return self.known[0].marks if self.known else {}
+
     def last_start(self) -> int:
         """First sequence of the last segment, to which watermarks() belong."""
         return self.known[-1].starts[-1][0] if self.known else 0
