@@ -16,7 +16,7 @@ from penstock._ext import log as native
 from penstock.errors import LogError
 from penstock.offline.batches import BatchStore
 from penstock.offline.compaction import compact
-from penstock.offline.erasure import erase, erase_closed
+from penstock.offline.erasure import erase
 from penstock.offline.keeper import take_snapshot
 from penstock.offline.log_folder import LogFolder
 from penstock.offline.parity import parity
@@ -170,10 +170,8 @@ def test_a_running_engine_forgets(tmp_path: Path) -> None:
         secrets_of(engine, 40)
         fill(engine, 40, first=40)
         take_snapshot(folder)
-        of_customers = [engine.stores[s.index] for s in engine.plan.stores if s.entity == "customer"]
-        assert engine.core.erase(of_customers, [SECRET] * len(of_customers)) == 2
-        assert engine._folder is not None
-        report = erase_closed(engine._folder, "customer", SECRET)
+        report = engine.erase("customer", SECRET)
+        assert report is not None
         assert (report.events, report.segments, report.snapshots) == (10, 1, 1)
         assert holding(folder) == []
         fill(engine, 20, first=80)
