@@ -28,7 +28,7 @@ from timing import interleaved, note
 
 COMMAND = "make bench ARGS='--only log'"
 WARM = 200_000
-PER_ROUND, ROUNDS = 20_000, 9
+PER_ROUND, ROUNDS = 20_000, 15
 TABLE = 100_000  # events of one ingested table
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

@@ -195,7 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     options = msgspec.json.decode(given.options, type=LogOptions)
     with contextlib.suppress(OSError):
-        os.nice(10)
+        # Only where nothing else wants the core: a server that shares it does not wait for a slice of ours.
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     if not given.once:
         _watch(given.folder, options)
         return 0
