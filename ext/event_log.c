@@ -13,12 +13,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { AHEAD = 4 << 20, PIECE = 256 << 10, TICK_US = 10000, RETRY_US = 500000, STEP_US = 1000000, NAME = 64 };
-enum { MARK_US = 100000 };
+enum { MARK_US = 100000, NICE = 10 };
 
 typedef struct segment {
     struct segment *next;
@@ -419,6 +421,8 @@ static void *run(void *argument) {
     ps_log *L = argument;
     int64_t drift = clock_us(CLOCK_REALTIME) - clock_us(CLOCK_MONOTONIC), last_try = 0;
     int64_t next_tick = 0, next_sync = L->sync_us > 0 ? 0 : INT64_MAX; /* however long the sync before took */
+    /* On a core that it shares with the writer it is preempted as soon as the writer has work. */
+    setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), NICE);
     for (;;) {
         pthread_mutex_lock(&L->lock);
         if (!L->stop && !(L->wanted > L->synced && !failed(L)) && !L->sealing) {
