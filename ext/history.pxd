@@ -37,6 +37,7 @@ cdef class ScoreMapping:
         int *slots
         uint8_t *strings
         int *keys
+        int64_t *since
         readonly bint same_plan
 
 

@@ -14,7 +14,15 @@ class EventMapping:
 class ScoreMapping:
     pipe: int
     same_plan: bool
-    def __init__(self, pipe: int, slots: list[int], strings: list[int], keys: list[int], same_plan: bool) -> None: ...
+    def __init__(
+        self,
+        pipe: int,
+        slots: list[int],
+        strings: list[int],
+        keys: list[int],
+        same_plan: bool,
+        since: list[int] | None = None,
+    ) -> None: ...
 
 class HistoryRun:
     def __init__(

@@ -119,10 +119,10 @@ cdef class ScoreMapping:
     """How a score schema of a segment is compared with a pipeline of the app.
 
     pipe: the pipeline's index, or -1. slots: per logged slot the pipeline's slot, or -1; keys: per logged slot the field
-    that its view is keyed by, or -1. same_plan: indices of actions, models and arms mean the same.
+    that its view is keyed by, or -1. since: per logged slot the first T that history reaches back for. same_plan: indices of actions, models and arms mean the same.
     """
 
-    def __cinit__(self, int pipe, list slots, list strings, list keys, bint same_plan):
+    def __cinit__(self, int pipe, list slots, list strings, list keys, bint same_plan, list since=None):
         cdef int i
         self.pipe = pipe
         self.n = len(slots)
@@ -130,7 +130,9 @@ cdef class ScoreMapping:
         self.slots = <int *>checked(self.n, sizeof(int))
         self.strings = <uint8_t *>checked(self.n, 1)
         self.keys = <int *>checked(self.n, sizeof(int))
+        self.since = <int64_t *>checked(self.n, sizeof(int64_t))
         for i in range(self.n):
+            self.since[i] = since[i] if since is not None else -(<int64_t>1 << 62)
             self.slots[i] = slots[i]
             self.strings[i] = strings[i]
             self.keys[i] = keys[i]
@@ -139,6 +141,7 @@ cdef class ScoreMapping:
         free(self.slots)
         free(self.strings)
         free(self.keys)
+        free(self.since)
 
 
 cdef class HistoryRun(BatchRun):
@@ -482,6 +485,7 @@ cdef class HistoryRun(BatchRun):
         cdef uint64_t erased = self.erased[block][row]
         cdef int i, slot, key
         cdef bint same
+        cdef bint covered = True
         cdef uint8_t mask = 7 | PS_AGED | PS_WIDE
         cdef int64_t *counts
         tally = self.compared_slots.get(id(mapping))
@@ -495,10 +499,14 @@ cdef class HistoryRun(BatchRun):
             slot = mapping.slots[i]
             if slot < 0:
                 continue
-            counts[4 * i] += 1
+            if score.as_of < mapping.since[i]:
+                counts[5 * i + 4] += 1
+                covered = False
+                continue
+            counts[5 * i] += 1
             key = mapping.keys[i]
             if key >= 0 and erased >> key & 1:
-                counts[4 * i + 3] += 1
+                counts[5 * i + 3] += 1
                 continue
             same = was_status[i] & mask == status[slot] & mask
             if same and was_status[i] & 7 == PS_PRESENT:
@@ -509,18 +517,18 @@ cdef class HistoryRun(BatchRun):
                 else:
                     same = was[i].u == slots[slot].u
             if same:
-                counts[4 * i + 1] += 1
+                counts[5 * i + 1] += 1
             elif erased:
-                counts[4 * i + 3] += 1
+                counts[5 * i + 3] += 1
             else:
-                counts[4 * i + 2] += 1
-                if counts[4 * i + 2] <= EXAMPLES:
+                counts[5 * i + 2] += 1
+                if counts[5 * i + 2] <= EXAMPLES:
                     type = self.pipe.slot_types[slot]
                     (<Tally>tally).examples.append((
                         i, r.sequence, score.id[:26].decode(), score.as_of,
                         slot_value(was[i], was_status[i], type, was_strings), was_status[i] & 7,
                         slot_value(slots[slot], status[slot], type, rows.arena.data), status[slot] & 7))
-        if mapping.same_plan and (<Tally>tally).decisions:
+        if mapping.same_plan and (<Tally>tally).decisions and covered:
             # score, action, fired rules and arms: the decision itself
             same = (verdict.action == score.action and verdict.fired == score.fired and verdict.model == score.model
                     and verdict.failed == score.failed and verdict.has_score == score.has_score
@@ -543,8 +551,8 @@ cdef class HistoryRun(BatchRun):
 
     @property
     def tallies(self):
-        """Per ScoreMapping seen: (mapping, rows, erased rows, counts per logged slot: compared, equal, mismatched, erased;
-        the same four for decisions; examples)."""
+        """Per ScoreMapping seen: (mapping, rows, erased rows, counts per logged slot: compared, equal, mismatched,
+        erased, before history; the first four for decisions; examples)."""
         cdef Tally tally
         return [tally.result() for tally in self.compared_slots.values()]
 
@@ -565,7 +573,7 @@ cdef class Tally:
 
     def __cinit__(self, ScoreMapping mapping):
         self.mapping = mapping
-        self.counts = <int64_t *>checked(4 * mapping.n, sizeof(int64_t))
+        self.counts = <int64_t *>checked(5 * mapping.n, sizeof(int64_t))
         self.examples = []
         self.decisions = mapping.same_plan
 
@@ -574,5 +582,5 @@ cdef class Tally:
 
     def result(self):
         cdef int i
-        counts = [tuple(self.counts[4 * i + j] for j in range(4)) for i in range(self.mapping.n)]
+        counts = [tuple(self.counts[5 * i + j] for j in range(5)) for i in range(self.mapping.n)]
         return self.mapping, self.rows, self.erased_rows, counts, tuple(self.decision_counts[i] for i in range(4)), self.examples

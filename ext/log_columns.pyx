@@ -21,6 +21,7 @@ from penstock._ext.event_record cimport (
 from penstock._ext.row cimport (
     PS_BOOL, PS_FLOAT64, PS_INT64, PS_PRESENT, PS_STR, PS_STR_LENGTH, PS_STR_OFFSET, PS_STRING, PS_WIDE, ps_slot,
 )
+from penstock._ext.decision cimport N_OUTCOMES
 from penstock._ext.steps cimport checked
 
 from penstock._ext.events import TYPE_CODES
@@ -136,7 +137,7 @@ cdef class SchemaColumns:
         cdef uint64_t bits
         cdef uint32_t used = 0
         cdef int i
-        if r.flags:
+        if r.flags or r.outcome >= N_OUTCOMES:
             return False
         for i in range(self.n):
             if status[i] & 7 != PS_PRESENT:

@@ -9,6 +9,7 @@ from offline.shop_log import OPTIONS, SHOP, START, fill, rewritten
 
 from penstock import Engine
 from penstock.cli import main
+from penstock.offline.log_folder import LogFolder
 from penstock.offline.parity import parity
 
 BY_NAME = ["spend.count_1h", "spend.count_1d", "spend.mean_amount_1d", "spend.last_note_1d"]
@@ -239,3 +240,31 @@ def test_a_training_set_of_the_time_alone_differs_only_by_events_in_flight(tmp_p
     assert by_time.equal >= 40
     assert by_time.equal + by_time.in_flight == 60
     assert "differ by events in flight" in str(report)
+
+
+def test_after_retention_only_whole_windows_are_compared(tmp_path):
+    options = msgspec.structs.replace(OPTIONS, segment_bytes=1 << 16)
+    with Engine(str(SHOP), log=tmp_path / "log", log_options=options) as engine:
+        fill(engine, 3000)
+    whole = parity(str(SHOP), tmp_path / "log")
+    assert whole.ok
+    folder = LogFolder(tmp_path / "log")
+    first, *rest = folder.numbers()
+    assert len(rest) > 8
+    for number in (first, *rest[:3]):
+        segment = folder.segment(number)
+        last = segment.mark.last_sequence
+        segment.close()
+        folder.begin_at(last + 1)
+        folder.segment_path(number).unlink()
+    report = parity(str(SHOP), tmp_path / "log")
+    assert report.ok, str(report)
+    assert report.history_begins == last + 1
+    short, long = of(report, "shops.count_1h"), of(report, "shops.sum_amount_1d")
+    assert 0 < short.before < long.before
+    assert short.compared + short.before == report.pipelines[0].scores == long.compared + long.before
+    assert of(report, "dear").before == long.before
+    assert "were not compared" in str(report)
+    with Engine(str(SHOP), log=tmp_path / "log", log_options=options) as engine:
+        assert engine.recovery.events == whole.events - report.history_begins
+        assert engine.core.next_sequence == whole.events

@@ -142,6 +142,7 @@ def test_a_kill_at_any_file_operation_leaves_history_without_a_hole(tmp_path: Pa
 
 def test_a_log_of_which_only_an_empty_segment_is_left_goes_on(tmp_path: Path) -> None:
     folder = days(tmp_path / "log", 3)
+    LogFolder(folder).begin_at(15)
     with Engine(APP, log=folder, log_options=OPTIONS):  # its segment holds nothing yet
         for number in (1, 2, 3):
             LogFolder(folder).segment_path(number).unlink()

@@ -152,6 +152,7 @@ def _log(arguments: list[str]) -> int:
 
 
 def _log_status(given: Any) -> None:
+    from .history import History
     from .log_folder import LogFolder
 
     folder = LogFolder(given.folder)
@@ -162,7 +163,12 @@ def _log_status(given: Any) -> None:
         first = segment.head.first_sequence if segment.head is not None else "?"
         last = mark.last_sequence if sealed and mark is not None else "open"
         rows.append([segment.path.name, f"{segment.size:,}", f"{first}", f"{last}"])
-    print(f"log {folder.log_id} in {folder.path}")
+    history = History(folder)
+    history.check()
+    print(f"log {folder.log_id} in {folder.path}, {history.last_sequence + 1:,} events")
+    if history.batches:
+        batches = [[b.name, f"{b.events:,}", f"{b.records:,}", f"{len(b.segments)}"] for b in history.batches]
+        print(f"{table(['batch in Parquet', 'events', 'records', 'segments'], batches)}\n")
     print(table(["segment", "bytes", "first event", "last event"], rows) if rows else "no segments")
     snapshots = (
         sorted(p for p in folder.snapshots_path.glob("*") if p.name[0] != ".") if folder.snapshots_path.is_dir() else []
@@ -178,6 +184,7 @@ def _log_status(given: Any) -> None:
 
 
 def _log_verify(given: Any) -> int:
+    from .batches import records_from_batch
     from .history import History
     from .log_folder import LogFolder
 
@@ -197,31 +204,48 @@ def _log_verify(given: Any) -> int:
             notes = "; ".join(map(str, damages))
             wrong += any(d.kind != "tail" for d in damages)
             rows.append([segment.path.name, f"{scan.records:,}", notes or "ok"])
+    history = History(folder)
+    try:
+        history.check()
+        for batch in history.batches:
+            records_from_batch(history.store, batch)
+            rows.append([f"batch {batch.name}", "", "ok"])
+    except PenstockError as error:
+        rows.append(["", "", str(error)])
+        wrong += 1
     print(table(["segment", "records", ""], rows))
-    History(folder).check()
     return 1 if wrong else 0
 
 
 def _log_snapshot(given: Any) -> None:
-    from .keeper import take_snapshot
+    from .keeper import one_round, take_snapshot
 
-    with Progress("taking a snapshot") as progress:
+    with one_round(Path(given.folder)), Progress("taking a snapshot") as progress:
         written = take_snapshot(given.folder, progress)
     print(f"wrote {written}" if written is not None else "nothing is new since the last snapshot")
 
 
 def _log_compact(given: Any) -> None:
     from .compaction import compact
+    from .keeper import one_round
 
-    with Progress("compacting") as progress:
-        print(compact(Path(given.folder), given.to, progress=progress))
+    with one_round(Path(given.folder)), Progress("compacting") as progress:
+        report = compact(Path(given.folder), given.to, progress=progress)
+    print(report)
 
 
 def _log_retain(given: Any) -> None:
     from ..definitions.durations import duration_us
+    from .keeper import one_round
     from .retention import retain
 
-    print(retain(Path(given.folder), duration_us(given.keep)))
+    try:
+        keep = duration_us(given.keep)
+    except ValueError as error:
+        raise PenstockError(f"--keep: {error}") from None
+    with one_round(Path(given.folder)):
+        report = retain(Path(given.folder), keep)
+    print(report)
 
 
 def _log_erase(given: Any) -> None:

@@ -201,6 +201,11 @@ class History:
         if self.known:
             self.first_sequence = (self.known[0].first or 0) if self.last_sequence >= 0 else -1
             self.last_number = self.known[-1].last_number
+        if self.first_sequence > self.folder.begins():
+            raise LogError(
+                f"{self.folder.segments_path}: events {self.folder.begins()} to {self.first_sequence - 1} are missing: "
+                f"history begins with {self._called(self.known[0])}"
+            )
         return damages
 
     def _called(self, known: _Known) -> str:

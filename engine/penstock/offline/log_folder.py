@@ -2,6 +2,7 @@
 
     DIR/log.json            format and log id
     DIR/lock                held by the one process that writes
+    DIR/begins.json         the first event that retention has kept
     DIR/layouts.json        event types and views, so that a child process can rebuild the state
     DIR/segments/N.log      records (ext/event_record.h), oldest first
     DIR/snapshots/          state as of a sequence (features/snapshot.py)
@@ -299,6 +300,21 @@ class LogFolder:
                 yield segment
             finally:
                 segment.close()
+
+    def begins(self) -> int:
+        """First event that history must still have: retention has dropped those before it, and says so here."""
+        path = self.path / "begins.json"
+        try:
+            return int(msgspec.json.decode(path.read_bytes(), type=dict[str, int])["sequence"])
+        except FileNotFoundError:
+            return 0
+        except (msgspec.DecodeError, KeyError) as error:
+            raise LogError(f"{path}: cannot be read: {error}") from None
+
+    def begin_at(self, sequence: int) -> None:
+        """History may begin with an event from now on; before the ones before it are removed."""
+        if sequence > self.begins():
+            write_whole(self.path / "begins.json", msgspec.json.encode({"sequence": sequence}))
 
     def remove_spares(self) -> None:
         """Preallocated segments that a killed process left behind; only while the folder is locked."""

@@ -46,7 +46,8 @@ class Mismatch(msgspec.Struct, frozen=True, kw_only=True):
 
 class FeatureParity(msgspec.Struct, kw_only=True):
     """One feature over all logged scores. missing: rows logged without it, which the app has now; extra: rows logged
-    with it, which the app has no more; erased: rows of an entity that was erased on request."""
+    with it, which the app has no more; erased: rows of an entity that was erased on request; before: rows whose window
+    reaches back to what retention dropped."""
 
     name: str
     compared: int = 0
@@ -55,6 +56,7 @@ class FeatureParity(msgspec.Struct, kw_only=True):
     missing: int = 0
     extra: int = 0
     erased: int = 0
+    before: int = 0
     examples: list[Mismatch] = []
 
 
@@ -100,12 +102,18 @@ class ParityReport(msgspec.Struct, kw_only=True):
         for pipeline in self.pipelines:
             lines.append(f"pipeline {pipeline.name}: {pipeline.scores:,} logged scores, {self.events:,} events")
             rows = [*pipeline.features, *([pipeline.decisions] if pipeline.decisions else [])]
-            header = ["feature", "compared", "equal", "mismatched", "missing", "extra", "erased"]
+            header = ["feature", "compared", "equal", "mismatched", "missing", "extra", "erased", "before history"]
             lines.append(
                 table(
                     header,
                     [
-                        [f.name, *(f"{n:,}" for n in (f.compared, f.equal, f.mismatched, f.missing, f.extra, f.erased))]
+                        [
+                            f.name,
+                            *(
+                                f"{n:,}"
+                                for n in (f.compared, f.equal, f.mismatched, f.missing, f.extra, f.erased, f.before)
+                            ),
+                        ]
                         for f in rows
                     ],
                 )
@@ -132,7 +140,9 @@ class ParityReport(msgspec.Struct, kw_only=True):
                 lines.append(f"  {pipeline.not_found:,} scores whose event history no longer holds")
             lines.append("")
         if self.history_begins:
-            lines.append(f"history begins at event {self.history_begins:,}: windows that reach further back may differ")
+            lines.append(
+                f"history begins at event {self.history_begins:,}: windows that reach further back were not compared"
+            )
         lines.append("equal, bit for bit" if self.ok else "MISMATCH: training would not see what serving saw")
         return "\n".join(lines)
 
@@ -154,6 +164,7 @@ def parity(
     """
     history = History(LogFolder(log))
     history.check()
+    begins = history.first_watermarks() if history.first_sequence > 0 else None
     found: list[PipelineParity] = []
     first = _engine(app, models)
     names = pipelines if pipelines is not None else list(first.plan.pipelines)
@@ -178,7 +189,7 @@ def parity(
         keep: list[Any] = []
         schemas: dict[int, ScoreSchema] = {}
         for piece in history.pieces(0, 1 << 62):
-            mappings = _score_mappings(engine, piece.schemas, plan.name, schemas)
+            mappings = _score_mappings(engine, piece.schemas, plan.name, schemas, begins)
             keep.append(mappings)
             reached, why = run.feed(piece.data, piece.log_id, piece.number, piece.start, piece.end, mappings)
             if why == "stopped":
@@ -203,9 +214,15 @@ def _engine(app: App, models: str | Path | None) -> Engine:
     return Engine(plan, models=models, clock="event", features_only=has_models and models is None)
 
 
-def _score_mappings(engine: Engine, schemas: list[Any], pipeline: str, seen: dict[int, ScoreSchema]) -> list[Any]:
+def _score_mappings(
+    engine: Engine,
+    schemas: list[Any],
+    pipeline: str,
+    seen: dict[int, ScoreSchema],
+    begins: dict[str, int] | None,
+) -> list[Any]:
     """Mappings of a piece; only one pipeline's scores are compared."""
-    mappings = mappings_of(engine, schemas)
+    mappings = mappings_of(engine, schemas, begins)
     for i, schema in enumerate(schemas):
         if isinstance(schema, ScoreSchema):
             if schema.pipeline != pipeline:
@@ -277,15 +294,16 @@ def _tally(engine: Engine, plan: Any, run: HistoryRun, schemas: dict[int, ScoreS
             decisions.mismatched += decision_counts[2]
             decisions.erased += decision_counts[3]
         logged = [name for name, _ in schema.values]
-        for (name, _), (compared, equal, mismatched, erased) in zip(schema.values, counts):
-            if name.startswith("score.") and compared == 0:
+        for (name, _), (compared, equal, mismatched, erased, before) in zip(schema.values, counts):
+            if name.startswith("score.") and compared + before == 0:
                 continue
             feature = by_name.setdefault(name, FeatureParity(name=name, examples=[]))
             feature.compared += compared
             feature.equal += equal
             feature.mismatched += mismatched
             feature.erased += erased
-            if compared == 0:
+            feature.before += before
+            if compared + before == 0:
                 feature.extra += rows
         for name in features:
             if name not in logged:

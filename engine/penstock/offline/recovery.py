@@ -68,21 +68,22 @@ class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
 
-def mappings_of(engine: Engine, schemas: list[Any], pipelines: bool = True) -> list[Any]:
-    """Per schema number of a segment how the engine's app reads its records; None where it has no such type."""
+def mappings_of(engine: Engine, schemas: list[Any], begins: dict[str, int] | None = None) -> list[Any]:
+    """Per schema number of a segment how the engine's app reads its records; None where it has no such type.
+
+    begins: where old history was dropped (score_mapping).
+    """
     found: list[Any] = []
     for schema in schemas:
         if isinstance(schema, EventSchema):
             event = engine.plan.events.get(schema.name)
             found.append(None if event is None else event_mapping(schema, event))
-        elif pipelines:
+        else:
             plan = engine.plan.pipelines.get(schema.pipeline)
             models = None
             if plan is not None and not engine.features_only:
                 models = list(engine.core.pipes[plan.index].decision_texts.models)
-            found.append(score_mapping(schema, engine.plan, plan, models))
-        else:
-            found.append(None)
+            found.append(score_mapping(schema, engine.plan, plan, models, begins))
     return found
 
 
@@ -165,6 +166,9 @@ def recover_state(
             f"{folder.path}: the snapshot is of event {at}, but the log ends with event {history.last_sequence}; "
             "segments are missing"
         )
+    begins = max(0, history.first_sequence)  # later than 0 where old history was dropped
+    if 0 <= at < begins - 1:
+        raise LogError(f"{folder.path}: events {at + 1} to {begins - 1} are neither in a snapshot nor in history")
     replay = _Replay(engine, history, progress)
     missing = [f for f in stores if f not in loaded]
     found = Recovered(
@@ -179,30 +183,32 @@ def recover_state(
         rebuilt=[],
         cold=[],
     )
-    replay.total = history.last_sequence - at
+    tail = max(at + 1, begins)
+    replay.total = history.last_sequence + 1 - tail
     if missing and not start_cold and position is not None:
-        replay.total += at + 1
-    marks: dict[str, int] = dict(position.watermarks) if position is not None else {}
+        replay.total += at + 1 - begins
+    marks = dict(position.watermarks) if position is not None else history.first_watermarks() if begins else {}
     if missing and start_cold:
         found.cold = [names[f] for f in missing] if history.last_sequence >= 0 else []
         if position is None and history.known:
             # No state at all: only where the watermarks stand, and the ids, are taken from the log.
             recent = engine.core_of(set())
             recent.go_on_from(0, 0, [history.watermarks().get(name) for name in plan.events])
-            replay.run(recent, history.known[-1].first or 0, None, False, -1)
+            replay.run(recent, history.last_start(), None, False, -1)
             at = history.last_sequence
+            tail = at + 1
             marks = {e.name: m for e in plan.events.values() if (m := recent.watermark(e.index)) is not None}
     elif missing and position is not None:
         # Only the layouts that the snapshot lacks, up to where it stands; the tail is for all.
-        found.history_events = replay.run(engine.core_of(set(missing)), 0, at, False, 0)["events"]
+        found.history_events = replay.run(engine.core_of(set(missing)), begins, at, False, begins)["events"]
         found.rebuilt = [names[f] for f in missing]
     elif snapshot is not None and snapshot.position is not None:
         found.rebuilt = [names[f] for f in missing]
     ingest_time = position.ingest_time if position is not None else 0
-    engine.core.go_on_from(at + 1, ingest_time, [marks.get(name) for name in plan.events])
+    engine.core.go_on_from(tail, ingest_time, [marks.get(name) for name in plan.events])
     if at >= 0:
         _recover_ids(replay, engine, history, at)
-    totals = replay.run(engine.core, at + 1, None, True, at + 1)
+    totals = replay.run(engine.core, tail, None, True, tail)
     found.events = totals["events"]
     engine.core.go_on_from(
         history.last_sequence + 1, max(history.last_ingest_time, totals["ingest_time"]), [None] * len(plan.events)

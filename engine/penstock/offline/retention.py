@@ -74,6 +74,7 @@ def retain(path: str | Path, keep: int | str | timedelta, *, now: int | None = N
             return report
         if numbers and batch.segments[-1].number >= numbers[-1]:
             return report
+        folder.begin_at(batch.last_sequence + 1)
         _remove(folder, store, batch)
         report.batches += 1
         report.events += batch.events
@@ -94,6 +95,7 @@ def retain(path: str | Path, keep: int | str | timedelta, *, now: int | None = N
             segment.close()
         if not _may_go(newest, last, before, covered):
             return report
+        folder.begin_at(last + 1)
         segment.path.unlink(missing_ok=True)
         report.segments += 1
         report.events += events

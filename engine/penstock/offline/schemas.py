@@ -57,6 +57,7 @@ class ScoreSchema(msgspec.Struct, frozen=True, kw_only=True, tag="score"):
 
 
 Schema = EventSchema | ScoreSchema
+NEVER = 1 << 61  # microseconds
 
 
 def schemas_of(plan: Plan, texts: list[Any]) -> list[bytes]:
@@ -136,11 +137,17 @@ def _default(field: Any) -> Any:
 
 
 def score_mapping(
-    schema: ScoreSchema, plan: Plan, pipeline: PipelinePlan | None, models: list[Any] | None
+    schema: ScoreSchema,
+    plan: Plan,
+    pipeline: PipelinePlan | None,
+    models: list[Any] | None,
+    begins: dict[str, int] | None = None,
 ) -> ScoreMapping:
     """How score records of a schema are compared with a pipeline of today; with None they are passed over.
 
     models: (name, version) of the pipeline's models, in the order of its decisions' numbers; None: they do not run.
+    begins: per event type the time before which history was dropped: a value whose window reaches further back is not
+    compared.
     """
     if pipeline is None:
         return ScoreMapping(-1, [-1] * len(schema.values), [0] * len(schema.values), [-1] * len(schema.values), False)
@@ -159,4 +166,17 @@ def score_mapping(
     same = schema.fingerprint == pipeline.fingerprint and models is not None
     same = same and [tuple(m) for m in schema.models] == [tuple(m) for m in models or []]
     strings = [int(kind == "string") for _, kind in schema.values]
-    return ScoreMapping(pipeline.index, place, strings, keys, same)
+    since = _since(schema, plan, pipeline, begins) if begins else None
+    return ScoreMapping(pipeline.index, place, strings, keys, same, since)
+
+
+def _since(schema: ScoreSchema, plan: Plan, pipeline: PipelinePlan, begins: dict[str, int]) -> list[int]:
+    """Per logged slot the first T for which history reaches back far enough; what is no view's needs all views."""
+    since: dict[str, int] = {}
+    for read in pipeline.reads:
+        view = plan.views[read.view]
+        for output in view.outputs:
+            reach = output.window if output.window is not None else NEVER
+            since[output.name] = min(NEVER, begins[view.event] + reach) if view.event in begins else -NEVER
+    every = max(since.values(), default=-NEVER)
+    return [since.get(name, every) for name, _ in schema.values]
