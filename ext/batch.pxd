@@ -56,6 +56,7 @@ cdef class BatchRun:
     cdef int table_of(self, Py_ssize_t i) noexcept nogil
     cdef Py_ssize_t row_of(self, Py_ssize_t i) noexcept nogil
     cdef int decode(self, Rows rows, Py_ssize_t start, int n, int64_t now) noexcept nogil
+    cdef void prepare(self, Rows rows, Py_ssize_t start, int n) noexcept nogil
     cdef list look_up(self, Rows rows, Py_ssize_t start, int n, int64_t now, int *modes)
     cdef int forget(self, list ids, const int *modes, int n) except -1
     cdef int step(self, Rows rows, Py_ssize_t start, int n, const int *modes, bint have_modes, int *which) noexcept nogil

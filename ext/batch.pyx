@@ -151,25 +151,32 @@ cdef class BatchRun:
         return self.order_row[i] if self.order_row != NULL else i
 
     cdef int decode(self, Rows rows, Py_ssize_t start, int n, int64_t now) noexcept nogil:
-        """Rows of the slice into the block, then their keys and hashes; the buckets are on their way meanwhile."""
-        cdef int i, j, table
-        cdef SourceC *source
+        """Rows of the slice into the block, then their keys and hashes."""
+        cdef int i, table
         cdef ps_slot *slots
-        cdef RowKeys *keys
-        cdef PipeC *pipe = &self.pipe.c if self.pipe is not None else NULL
         for i in range(n):
             table = self.table_of(start + i)
             slots = rows.slots + i * rows.width
             if (<EventReader>self.readers[table]).read_row(self.columns[table], self.row_of(start + i), slots,
                                                            rows.status + i * rows.width, &rows.arena) != 0:
                 return OUT_OF_MEMORY
+            rows.keys[i].ingest_time = slots[self.sources[table].time].i if self.core.event_clock else now
+        self.prepare(rows, start, n)
+        return 0
+
+    cdef void prepare(self, Rows rows, Py_ssize_t start, int n) noexcept nogil:
+        """Keys and hashes of the block's rows; the buckets are on their way meanwhile."""
+        cdef int i, j, table
+        cdef SourceC *source
+        cdef ps_slot *slots
+        cdef RowKeys *keys
+        cdef PipeC *pipe = &self.pipe.c if self.pipe is not None else NULL
         rows.keys_base = rows.arena.data
         for i in range(n):
             table = self.table_of(start + i)
             source = self.sources[table]
             slots = rows.slots + i * rows.width
             keys = &rows.keys[i]
-            keys.ingest_time = slots[source.time].i if self.core.event_clock else now
             if self.scored[table]:
                 self.core.prepare_keys(pipe.keys, pipe.n_keys, slots, &rows.arena, keys)
                 self.core.hash_keys(pipe.n_keys, pipe.reads, pipe.n_reads, source, keys)
@@ -180,7 +187,6 @@ cdef class BatchRun:
                 self.core.hash_keys(source.n_keys, NULL, 0, source, keys)
             for j in range(source.n_uses):
                 source.uses[j].api.prefetch(source.uses[j].store, keys.hash[source.uses[j].key])
-        return 0
 
     cdef list look_up(self, Rows rows, Py_ssize_t start, int n, int64_t now, int *modes):
         """For rows with an event id: which were seen before. Returns per row (its key, the generation that holds it),

@@ -297,31 +297,6 @@ cdef class HistoryRun(BatchRun):
         self.order_table = self.block_table[self.current]
         return 0
 
-    cdef int decode(self, Rows rows, Py_ssize_t start, int n, int64_t now) noexcept nogil:
-        """Keys and hashes of the block's rows; the buckets are on their way meanwhile."""
-        cdef int i, j, table
-        cdef SourceC *source
-        cdef ps_slot *slots
-        cdef RowKeys *keys
-        cdef PipeC *pipe = &self.pipe.c if self.pipe is not None else NULL
-        rows.keys_base = rows.arena.data
-        for i in range(n):
-            table = self.table_of(i)
-            source = self.sources[table]
-            slots = rows.slots + i * rows.width
-            keys = &rows.keys[i]
-            if self.scored[table]:
-                self.core.prepare_keys(pipe.keys, pipe.n_keys, slots, &rows.arena, keys)
-                self.core.hash_keys(pipe.n_keys, pipe.reads, pipe.n_reads, source, keys)
-                for j in range(pipe.n_reads):
-                    pipe.reads[j].api.prefetch(pipe.reads[j].store, keys.hash[pipe.reads[j].key])
-            else:
-                self.core.prepare_keys(source.keys, source.n_keys, slots, &rows.arena, keys)
-                self.core.hash_keys(source.n_keys, NULL, 0, source, keys)
-            for j in range(source.n_uses):
-                source.uses[j].api.prefetch(source.uses[j].store, keys.hash[source.uses[j].key])
-        return 0
-
     cdef void shift(self, Rows rows, int by) noexcept nogil:
         """Let a block begin `by` rows further on, for what runs over its rows."""
         rows.slots += by * rows.width
@@ -348,7 +323,7 @@ cdef class HistoryRun(BatchRun):
             self.shift(rows, start)
             try:
                 with nogil:
-                    self.decode(rows, 0, n, 0)
+                    self.prepare(rows, 0, n)
                     scored = self.step(rows, 0, n, modes, True, which)
                 if scored < 0:
                     at = self.sequence[self.current][start + self.advanced]

@@ -9,18 +9,12 @@ from typing import TYPE_CHECKING
 
 from . import __version__
 from .errors import DefinitionError, PenstockError
+from .offline.command import OFFLINE
 
 if TYPE_CHECKING:
     from .plan import Plan
 
 __all__ = ["main"]
-
-OFFLINE = {
-    "parity": "compute every logged score anew from the log, and compare",
-    "backfill": "a pipeline's features over all of a log",
-    "train": "features as of each row of a table, from a log",
-    "log": "look after a log folder",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

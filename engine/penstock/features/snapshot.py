@@ -35,7 +35,7 @@ from .._ext import snapshot as native
 from .._ext.windows import WindowStore
 from ..errors import PenstockError
 
-__all__ = ["LoadedSnapshot", "SnapshotPosition", "load_snapshot", "prune", "write_snapshot"]
+__all__ = ["LoadedSnapshot", "SnapshotPosition", "load_snapshot", "prune", "sync_folder", "write_snapshot"]
 
 FORMAT = 1
 PAGE = native.PAGE
@@ -188,9 +188,9 @@ def write_snapshot(
             f"{p.fingerprint:016x}": StoreState(p.size, [*p.before, *([p.file] if p.file else [])]) for p in plans
         }
         _write_manifest(temporary / "manifest.json", Manifest(FORMAT, position, states))
-        _sync_folder(temporary)
+        sync_folder(temporary)
         os.rename(temporary, folder / name)
-        _sync_folder(folder)
+        sync_folder(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(error, OSError):
@@ -379,7 +379,7 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
         os.close(fd)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -646,7 +646,7 @@ def prune(folder: Path, keep: int = 2) -> list[str]:
     for name, path in zip(removed, going):
         os.rename(folder / name, path)
     if removed:
-        _sync_folder(folder)
+        sync_folder(folder)
     for path in going:
         shutil.rmtree(path, ignore_errors=True)
     return removed

@@ -8,11 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cli import OFFLINE
 from ..errors import PenstockError
 from ..terminal import Progress, table
 
-__all__ = ["main"]
+__all__ = ["OFFLINE", "main"]
+
+OFFLINE = {
+    "parity": "compute every logged score anew from the log, and compare",
+    "backfill": "a pipeline's features over all of a log",
+    "train": "features as of each row of a table, from a log",
+    "log": "look after a log folder",
+}
 
 
 def main(command: str, arguments: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ from .._ext import log as native
 from .._ext import log_columns
 from ..errors import LogError
 from ..features.layouts import plan_from_layouts
-from ..features.snapshot import load_snapshot, prune, write_snapshot
+from ..features.snapshot import load_snapshot, prune, sync_folder, write_snapshot
 from ..plan import Plan, suggestion
 from .batches import Batch, BatchStore, Part, records_from_batch, write_batch
 from .compaction import clear_leftovers, writing
@@ -235,7 +235,7 @@ def _erase_segment(
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(folder.segment_path(number))
-    _sync_folder(folder.segments_path)
+    sync_folder(folder.segments_path)
     report.segments += 1
     report.events += events
     report.scores += scores
@@ -252,14 +252,6 @@ def _sealed(folder: LogFolder, number: int) -> Segment:
         if time.monotonic() > until:
             raise LogError(f"{segment.path}: still open, or damaged; nothing of it was changed")
         time.sleep(0.01)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _erase_batch(

@@ -31,6 +31,7 @@ import msgspec
 
 from .._ext import log as native
 from ..errors import LogError
+from ..features.snapshot import sync_folder
 from .schemas import EventSchema, ScoreSchema, read_schema
 
 __all__ = ["Damage", "LogFolder", "Segment", "readable_records", "write_whole"]
@@ -438,8 +439,4 @@ def write_whole(path: Path, data: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
