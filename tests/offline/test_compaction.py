@@ -150,6 +150,32 @@ def test_nan_payloads_and_negative_zero_keep_their_bits(tmp_path: Path) -> None:
     assert batch.whole == 0
 
 
+def test_times_that_no_date_can_name_come_back(tmp_path: Path) -> None:
+    """No engine writes them. Several such days share a date, and each date is one file."""
+    far = [-(1 << 63), -(1 << 62), -62_135_596_800_000_001, T0, 253_402_300_800_000_000, 1 << 62, (1 << 63) - 1]
+    with open_engine(tmp_path) as engine:
+        for i in range(len(far)):
+            engine.score(payment(f"i{i}"), pipeline="pay")
+    closed_behind(tmp_path)
+    logs = LogFolder(tmp_path)
+    path = logs.segment_path(1)
+    data = bytearray(path.read_bytes())
+    at, times = native.HEAD, iter(far)
+    while (record := native.record_at(data, logs.log_id, 1, at)) is not None:
+        if record.kind == "event":
+            slot = at + 32 + 8 * len(record.versions) + 8 * 7  # at
+            data[slot : slot + 8] = next(times).to_bytes(8, "little", signed=True)
+            native.put_record(data, logs.log_id, 1, at, record.length)
+        at += record.length
+    path.write_bytes(data)
+    compact(tmp_path)
+    store, batch = only_batch(tmp_path)
+    assert bytes(records_from_batch(store, batch).data[native.HEAD :]) == bytes(data[native.HEAD :])
+    dates = [Path(f.path).parent.name for f in batch.files if f.path.startswith("events/")]
+    assert dates == ["date=0001-01-01", "date=2026-09-21", "date=9999-12-31"]
+    assert batch.whole == 0
+
+
 def test_wide_integers_and_aged_values_of_scores_come_back(tmp_path: Path) -> None:
     class Deposit(Event):
         customer: str

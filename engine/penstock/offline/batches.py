@@ -770,11 +770,13 @@ def _counts(draft: Batch, records: list[int]) -> list[int]:
 
 
 def _date(day: int) -> str:
-    return date.fromordinal(min(max(day + EPOCH, 1), date.max.toordinal())).isoformat()
+    return date.fromordinal(day + EPOCH).isoformat()
 
 
 def _by_day(table: Any, days: Any) -> Iterator[tuple[int, Any]]:
-    """(day, the rows of it) in order of the days; rows keep their order."""
+    """(day, the rows of it) in order of the days; rows keep their order. Times that no date can name are together
+    with the first or the last date: each date is one file."""
+    days = np.clip(days, 1 - EPOCH, date.max.toordinal() - EPOCH)
     if (np.diff(days) < 0).any():
         order = np.argsort(days, kind="stable")
         table, days = table.take(pyarrow().array(order)), days[order]
