@@ -59,6 +59,11 @@ def _guarded(run: object) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:
+        # A file or a folder that was named cannot be used; with its name, not with a traceback.
+        name = f"{error.filename}: " if error.filename is not None else ""
+        print(f"penstock: {name}{error.strerror or error}", file=sys.stderr)
+        return 1
 
 
 def _check(app: str, models: str | None) -> int:

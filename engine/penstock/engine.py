@@ -23,7 +23,7 @@ from ._ext.windows import Output as NativeOutput
 from ._ext.windows import WindowStore
 from .app import App, load_plan
 from .definitions.event import Event
-from .errors import DefinitionError, EventError, PenstockError
+from .errors import DefinitionError, EventError, LogError, PenstockError
 from .experiments.assignment import compile_experiment
 from .models.folder import resolve
 from .models.runtime import Runtime, load
@@ -110,6 +110,8 @@ class Engine:
         self._keeper: Any = None
         if log is not None:
             self._open_log(log, log_options, progress)
+        elif log_options is not None:
+            raise ValueError("log_options: there is no log; say log=...")
 
     # the event log
 
@@ -119,7 +121,11 @@ class Engine:
         from .offline.options import LogOptions
         from .offline.recovery import open_log
 
+        if not str(log):
+            raise LogError("log: expected a folder, got an empty text")
         options = options if options is not None else LogOptions()
+        if not isinstance(options, LogOptions):
+            raise TypeError(f"log_options: expected LogOptions, got {type(options).__name__}")
         folder = LogFolder(log, write=True)
         try:
             self.recovery = open_log(self, folder, options, progress)
@@ -128,6 +134,29 @@ class Engine:
             folder.close()
             raise
         self._folder = folder
+        self._log_options = options
+
+    def check_log(self) -> list[str]:
+        """What an operator should know now: the keeper had ended and is started again, or the folder is gone.
+
+        The server asks twice a second; an embedded engine may ask when it likes.
+        """
+        if self._folder is None:
+            return []
+        found = []
+        if not self._folder.is_there():
+            found.append(f"{self._folder.path}: the log folder was removed or replaced; what is ingested now is lost")
+        elif self._keeper is not None and not self._keeper.alive:
+            from .offline.keeper import start_keeper
+
+            found.append("the keeper had ended; it is started again")
+            self._keeper = start_keeper(self._folder, self._log_options)
+        return found
+
+    @property
+    def keeper_alive(self) -> bool:
+        """Whether a child process takes snapshots."""
+        return self._keeper is not None and bool(self._keeper.alive)
 
     def sync(self) -> None:
         """Wait until everything that was acknowledged is on disk. Raises LogError where the disk failed."""
@@ -317,7 +346,7 @@ class Engine:
         Returns what was found in the log; None where the engine has none. Raises PenstockError for an unknown entity.
         """
         stores = [store for store in self.plan.stores if store.entity == entity]
-        if not stores:
+        if not stores and self._folder is None:
             entities = {store.entity for store in self.plan.stores}
             raise PenstockError(f"no view has the entity {entity!r}{suggestion(entity, entities)}")
         keys = [_as_key(key, store.key_type, self._typed_entity(entity)) for store in stores]

@@ -75,3 +75,17 @@ def test_what_is_asked_for_must_be_there(folder):
         backfill(str(SHOP), folder, spine="rows")
     with pytest.raises(PenstockError, match="say which pipeline, not 'fraud'"):
         backfill(str(SHOP), folder, pipeline="fraud")
+
+
+def test_a_file_is_whole_or_not_there(folder, tmp_path, capsys):
+    out = tmp_path / "f.parquet"
+    out.write_bytes(b"what was there before")
+    segment = next((folder / "segments").glob("*.log"))
+    data = bytearray(segment.read_bytes())
+    data[-500] ^= 1
+    segment.write_bytes(data)
+    assert main(["backfill", str(SHOP), "--log", str(folder), "--out", str(out)]) == 1
+    assert out.read_bytes() == b"what was there before"
+    assert list(tmp_path.glob("*.part")) == []
+    assert main(["backfill", str(SHOP), "--log", str(folder), "--out", str(tmp_path / "no" / "f.parquet")]) == 1
+    assert "there is no folder" in capsys.readouterr().err

@@ -181,7 +181,10 @@ def test_a_running_engine_forgets(tmp_path: Path) -> None:
 
 def test_an_open_folder_and_unknown_names_are_refused(tmp_path: Path) -> None:
     folder = shop_log(tmp_path / "log", runs=1, n=10)
-    with Engine(str(SHOP), log=folder, log_options=OPTIONS), pytest.raises(LogError, match="another process uses"):
+    with (
+        Engine(str(SHOP), log=folder, log_options=OPTIONS),
+        pytest.raises(LogError, match="this process has the log folder open already"),
+    ):
         erase(folder, "customer", "c1")
     with pytest.raises(LogError, match="no view has the entity 'custumer'; did you mean customer"):
         erase(folder, "custumer", "c1")
@@ -275,3 +278,35 @@ def test_what_was_kept_of_a_damaged_segment_goes_where_it_holds_the_key(tmp_path
     assert len(report.removed) == 1
     assert holding(folder) == []
     assert (folder / "segments" / "000000000010.log.cut").exists()
+
+
+def test_events_that_only_read_the_entity_are_erased_too(tmp_path: Path) -> None:
+    """A pipeline on an event type without views reads another type's view: its events name the entity as well."""
+    from offline.shop_log import OPTIONS as SHOP_OPTIONS
+    from offline.shop_log import SHOP, START
+
+    from penstock.offline.parity import parity
+
+    text = SHOP.read_text()
+    start, end = text.index("logins = FeatureView"), text.index("@on_demand")
+    text = text[:start] + text[end : text.index("orders = Pipeline")]
+    app = tmp_path / "reads.py"
+    app.write_text(text + 'checks = Pipeline("checks", event=Login, features=[spend])\n')
+    order = {"id": "o", "customer": "a-customer-to-forget", "shop": 1, "amount": 2.0, "note": None, "at": START}
+    with Engine(str(app), log=tmp_path / "log", log_options=SHOP_OPTIONS) as engine:
+        engine.ingest(order, "Order")
+        engine.score({"customer": order["customer"], "ok": True, "at": START + 1}, pipeline="checks")
+    report = erase(tmp_path / "log", "customer", order["customer"])
+    assert report.events == 2
+    assert b"a-customer-to-forget" not in b"".join(p.read_bytes() for p in (tmp_path / "log").rglob("*") if p.is_file())
+    found = parity(str(app), tmp_path / "log")
+    assert found.ok
+    assert sum(f.erased for f in found.pipelines[0].features) == 4
+    assert "no event of the log has this key" in str(erase(tmp_path / "log", "customer", "nobody"))
+    # The app has dropped the view; the log has not.
+    app.write_text(
+        text[: text.index("spend = FeatureView")] + text[text.index("shops = FeatureView") : text.index("@on_demand")]
+    )
+    with Engine(str(app), log=tmp_path / "log", log_options=SHOP_OPTIONS):
+        pass
+    assert erase(tmp_path / "log", "customer", report.tombstone).events >= 1

@@ -268,3 +268,15 @@ def test_after_retention_only_whole_windows_are_compared(tmp_path):
     with Engine(str(SHOP), log=tmp_path / "log", log_options=options) as engine:
         assert engine.recovery.events == whole.events - report.history_begins
         assert engine.core.next_sequence == whole.events
+
+
+def test_nothing_compared_is_not_equal(tmp_path, capsys):
+    options = msgspec.structs.replace(OPTIONS, scores=0.0)
+    with Engine(str(SHOP), log=tmp_path / "log", log_options=options) as engine:
+        fill(engine, 20)
+    report = parity(str(SHOP), tmp_path / "log")
+    assert report.compared == 0
+    assert "nothing was compared" in str(report)
+    assert "equal, bit for bit" not in str(report)
+    assert main(["parity", str(SHOP), "--log", str(tmp_path / "log")]) == 2
+    capsys.readouterr()

@@ -142,3 +142,45 @@ def test_the_keeper_takes_snapshots_and_ends_with_its_parent(tmp_path):
     with Engine(str(SHOP), log=tmp_path / "log", log_options=OPTIONS) as engine:
         assert engine.recovery.snapshot is not None
         assert state(engine) == was
+
+
+def test_a_keeper_that_was_killed_is_started_again(tmp_path):
+    with Engine(str(SHOP), log=tmp_path / "log", log_options=msgspec.structs.replace(OPTIONS, keeper=True)) as engine:
+        assert engine.check_log() == []
+        engine._keeper.process.kill()
+        engine._keeper.process.wait()
+        assert not engine.keeper_alive
+        assert engine.check_log() == ["the keeper had ended; it is started again"]
+        assert engine.keeper_alive
+        (tmp_path / "log").rename(tmp_path / "aside")
+        assert "was removed or replaced" in engine.check_log()[0]
+        (tmp_path / "aside").rename(tmp_path / "log")
+        assert engine.check_log() == []
+
+
+def test_a_folder_is_opened_once_and_by_name(tmp_path):
+    already = pytest.raises(LogError, match="this process has the log folder open already")
+    with Engine(str(SHOP), log=tmp_path / "log", log_options=OPTIONS), already:
+        Engine(str(SHOP), log=tmp_path / "log", log_options=OPTIONS)
+    with pytest.raises(LogError, match="expected a folder, got an empty text"):
+        Engine(str(SHOP), log="")
+    with pytest.raises(ValueError, match="there is no log"):
+        Engine(str(SHOP), log_options=OPTIONS)
+    with pytest.raises(TypeError, match="expected LogOptions, got dict"):
+        Engine(str(SHOP), log=tmp_path / "log", log_options={"sync": "never"})
+
+
+def test_an_app_without_views_gets_snapshots_too(tmp_path):
+    app = tmp_path / "rules.py"
+    text = SHOP.read_text()
+    app.write_text(
+        text[: text.index("spend = FeatureView")] + 'orders = Pipeline("orders", event=Order, features=["amount"])\n'
+    )
+    event = {"id": "a", "customer": "c", "shop": 1, "amount": 2.0, "note": None, "at": START}
+    with Engine(str(app), log=tmp_path / "log", log_options=OPTIONS) as engine:
+        first = engine.score(event)
+    assert take_snapshot(tmp_path / "log") is not None
+    with Engine(str(app), log=tmp_path / "log", log_options=OPTIONS) as engine:
+        assert (engine.recovery.snapshot, engine.recovery.events) == (0, 0)
+        assert engine.score(event).id == first.id
+    assert take_snapshot(tmp_path / "log") is None

@@ -172,12 +172,21 @@ class BatchStore:
                     f"move it there and say so in {path}"
                 )
             store = BatchStore(wanted, folder.log_id, index)
+            store.probe()
             store.make_index()
             write_whole(path, msgspec.json.encode(_Location(wanted)))
         return store
 
     def __str__(self) -> str:
         return self.uri.split("?")[0]
+
+    def probe(self) -> None:
+        """Raises LogError where nothing can be written: the place is kept in the log folder only once it works."""
+        try:
+            self.write("probe", b"written to see whether it can be")
+            self.remove(["probe"])
+        except (OSError, ValueError) as error:
+            raise LogError(f"{self}: history cannot be kept here: {error}") from None
 
     # files
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,20 @@ def _parity(arguments: list[str]) -> int:
         print(msgspec.json.encode(report).decode())
     else:
         print(report)
-    return 0 if report.ok else 1
+    return 1 if not report.ok else 0 if report.compared else 2
+
+
+def _writable(out: str) -> None:
+    """Raises PenstockError, before the work, where a local output file could not be written after it."""
+    if "://" in out:
+        return
+    path = Path(out)
+    if path.is_dir():
+        raise PenstockError(f"--out {out}: is a folder, expected the name of a file")
+    if not path.parent.is_dir():
+        raise PenstockError(f"--out {out}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise PenstockError(f"--out {out}: the folder cannot be written to")
 
 
 def _backfill(arguments: list[str]) -> int:
@@ -74,6 +88,7 @@ def _backfill(arguments: list[str]) -> int:
     from .replay import backfill
 
     features = given.features.split(",") if given.features else None
+    _writable(given.out)
     with Progress(f"computing features into {given.out}") as progress:
         backfill(
             given.app,
@@ -103,15 +118,32 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("--on", choices=("threads", "ray"), default="threads", help="where the work is done")
     given = parser.parse_args(arguments)
     from ..tables import pyarrow
-    from .training import training_set
+
+    if given.workers is not None and given.workers < 1:
+        raise PenstockError(f"--workers: expected at least 1, got {given.workers}")
+    _writable(given.out)
 
     pyarrow()
     import pyarrow.parquet as pq
 
     try:
         spine = pq.read_table(given.spine)
+    except FileNotFoundError:
+        raise PenstockError(f"--spine {given.spine}: no such file") from None
     except (OSError, ValueError) as error:
         raise PenstockError(f"--spine {given.spine}: {error}") from None
+    try:
+        _train_into(given, spine)
+    except ValueError as error:
+        if isinstance(error, PenstockError):
+            raise
+        raise PenstockError(str(error)) from None
+    return 0
+
+
+def _train_into(given: Any, spine: Any) -> None:
+    from .training import training_set
+
     with Progress(f"computing features as of {spine.num_rows:,} rows into {given.out}") as progress:
         training_set(
             given.app,
@@ -128,7 +160,6 @@ def _train(arguments: list[str]) -> int:
             progress=progress,
             on=given.on,
         )
-    return 0
 
 
 def _log(arguments: list[str]) -> int:
@@ -234,7 +265,12 @@ def _log_snapshot(given: Any) -> None:
 def _log_compact(given: Any) -> None:
     from .compaction import compact
     from .keeper import one_round
+    from .options import check_place
 
+    try:
+        check_place(given.to)
+    except ValueError as error:
+        raise PenstockError(f"--to: {error}") from None
     with one_round(Path(given.folder)), Progress("compacting") as progress:
         report = compact(Path(given.folder), given.to, progress=progress)
     print(report)

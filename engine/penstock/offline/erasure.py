@@ -52,6 +52,10 @@ class ErasureReport(msgspec.Struct, kw_only=True):
     warnings: list[str] = []
 
     def __str__(self) -> str:
+        if not self.events and not self.scores and not self.states:
+            return "\n".join(
+                [f"no event of the log has this key of {self.entity}", *(f"removed {n}" for n in self.removed)]
+            )
         lines = [
             f"erased one {self.entity}: {self.events:,} events and {self.scores:,} scores in {self.segments} segments "
             f"and {self.batches} batches have the key {self.tombstone} now; state removed from {self.states} stores, "
@@ -64,23 +68,40 @@ class ErasureReport(msgspec.Struct, kw_only=True):
 class _Key:
     """The key to be erased and its tombstone, as text and as a number; None where no field of that type holds it."""
 
-    def __init__(self, plan: Plan, entity: str, key: str | int) -> None:
-        views = [view for view in plan.views.values() if view.entity == entity]
-        if not views:
-            entities = {view.entity for view in plan.views.values()}
-            raise LogError(f"no view has the entity {entity!r}{suggestion(entity, entities)}")
+    def __init__(self, plan: Plan, schemas: list[Schema], entity: str, key: str | int) -> None:
         self.entity = entity
         self.fields: dict[str, set[str]] = {}
         kinds = set()
+        views = [view for view in plan.views.values() if view.entity == entity]
         for view in views:
             self.fields.setdefault(view.event, set()).add(view.key_field)
             kinds |= {field.type for field in plan.events[view.event].fields if field.name == view.key_field}
+        # What the log itself says: stores of views that the app has no more, events that only read the entity's views.
+        entities = {view.entity for view in plan.views.values()}
+        of_view = {view.name: view.entity for view in plan.views.values()}
+        events: dict[str, EventSchema] = {}  # of the same segment: they stand before its scores
+        for schema in schemas:
+            if isinstance(schema, EventSchema):
+                events[schema.name] = schema
+                found = [(name, schema.fields[at]) for name, at in schema.stores]
+                event = schema.name
+            else:
+                known = events.get(schema.event)
+                found = [(of_view.get(view, ""), known.fields[at]) for view, at in schema.reads] if known else []
+                event = schema.event
+            for name, field in found:
+                entities.add(name)
+                if name == entity:
+                    self.fields.setdefault(event, set()).add(field.name)
+                    kinds.add(field.type)
+        if not self.fields:
+            raise LogError(f"no view has the entity {entity!r}{suggestion(entity, entities - {''})}")
         self.text: bytes | None = None
         self.integer: int | None = None
         self.in_state: str | int = key
         # 1 and "1" are different keys unless the entity's type says otherwise: then fields of both types have it.
         if entity in plan.typed_entities and _is_decimal(str(key)):
-            self.in_state = str(key) if views[0].key_type == "string" else int(key)
+            self.in_state = int(key) if views and views[0].key_type == "int64" else str(key)
             self.text, self.integer = str(key).encode(), int(key)
         elif isinstance(key, str):
             self.text = key.encode()
@@ -102,19 +123,14 @@ class _Key:
     def layouts(self, schemas: list[Schema], copies: dict[str, set[str]]) -> list[tuple[bool, list[str], list[int]]]:
         """Schemas as log_columns.erase_key wants them: which fields may hold the key. copies: names of features that
         are values of such a field, per event type."""
-        fields = {name: set(found) for name, found in self.fields.items()}
-        for schema in schemas:
-            if isinstance(schema, EventSchema):
-                named = {schema.fields[key].name for entity, key in schema.stores if entity == self.entity}
-                fields.setdefault(schema.name, set()).update(named)
         found = []
         for schema in schemas:
             if isinstance(schema, EventSchema):
                 names, types = [f.name for f in schema.fields], [f.type for f in schema.fields]
-                wanted = fields[schema.name]
+                wanted = self.fields.get(schema.name, set())
             else:
                 names, types = [name for name, _ in schema.values], [kind for _, kind in schema.values]
-                wanted = fields.get(schema.event, set()).union(*copies.values())
+                wanted = self.fields.get(schema.event, set()).union(*copies.values())
             found.append((isinstance(schema, ScoreSchema), types, [i for i, n in enumerate(names) if n in wanted]))
         return found
 
@@ -161,10 +177,17 @@ def _erase(folder: LogFolder, entity: str, key: str | int, numbers: list[int]) -
         plan = plan_from_layouts((folder.path / "layouts.json").read_bytes())
     except FileNotFoundError:
         raise LogError(f"{folder.path}: no layouts.json: no engine has used this log yet") from None
-    what = _Key(plan, entity, key)
+    store = BatchStore.of(folder)
+    schemas: list[Schema] = []
+    for number in folder.numbers():
+        segment = folder.segment(number)
+        schemas += segment.schemas()
+        segment.close()
+    for batch in store.batches():
+        schemas += batch.read_schemas()
+    what = _Key(plan, schemas, entity, key)
     copies, copying = _copies(plan, what)
     report = ErasureReport(entity=entity, tombstone=what.tombstone)
-    store = BatchStore.of(folder)
     clear_leftovers(folder, store)
     # Segments first: a batch is made of segments that are the same as before or gone.
     for number in numbers:

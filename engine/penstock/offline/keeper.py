@@ -17,12 +17,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ..errors import LogError, PenstockError
 from .options import LogOptions
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = ["Keeper", "main", "one_round", "start_keeper", "take_snapshot"]
 
 LOOK_EVERY = 1.0  # seconds between two looks at the folder
 MOST_OFTEN = 30.0  # seconds between two rounds
+RETRY = 60.0  # seconds after a round that failed
 AT_LEAST = 600.0  # seconds after which a closed segment is worth a round
 
 
@@ -77,8 +79,23 @@ def start_keeper(folder: LogFolder, options: LogOptions) -> Keeper:
 @contextlib.contextmanager
 def one_round(path: Path) -> Iterator[None]:
     """Rounds of one folder come one after the other: snapshots, compaction, retention, erasure."""
-    with (path / "keeper.lock").open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    from .log_folder import LogFolder
+
+    LogFolder(path)  # it must be there
+    try:
+        stream = (path / "keeper.lock").open("a+")
+    except OSError as error:
+        raise LogError(f"{path}: cannot be worked on: {error.strerror}") from None
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            print(f"penstock: waiting for process {stream.read(16).strip()}, which works on {path}", file=sys.stderr)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n")
+        stream.flush()
         yield
 
 
@@ -92,9 +109,12 @@ def take_snapshot(path: str | Path, progress: Any = None) -> Path | None:
     from .recovery import recover_state
 
     folder = LogFolder(path)
-    plan = plan_from_layouts((folder.path / "layouts.json").read_bytes())
-    if not plan.stores:
-        return None
+    try:
+        plan = plan_from_layouts((folder.path / "layouts.json").read_bytes())
+    except FileNotFoundError:
+        raise LogError(f"{folder.path}: no layouts.json: no engine has used this log yet") from None
+    except PenstockError as error:
+        raise LogError(f"{folder.path / 'layouts.json'}: {error}") from None
     engine = Engine(plan, clock="event")
     found = recover_state(engine, folder, progress=progress)
     history = found.history
@@ -129,17 +149,39 @@ def round_of(path: str | Path, options: LogOptions) -> None:
     from .options import parse_retention
     from .retention import retain
 
+    keep = parse_retention(options.retention)
     with one_round(Path(path)):
-        take_snapshot(path)
-        compact(path, options.parquet)
-        keep = parse_retention(options.retention)
+        steps: list[tuple[str, Callable[[], object]]] = [
+            ("no snapshot", lambda: take_snapshot(path)),
+            ("not compacted", lambda: compact(path, options.parquet)),
+        ]
         if keep is not None:
-            retain(path, keep)
+            steps.append(("old history was not dropped", lambda: retain(path, keep)))
+        for what, step in steps:
+            try:
+                step()
+            except (PenstockError, OSError) as error:
+                raise LogError(f"{what}: {error}") from error
 
 
-def _newest(path: Path) -> int:
-    """Number of the newest segment."""
-    return max((int(name[:12]) for name in os.listdir(path / "segments") if name.endswith(".log")), default=0)
+def _numbers(path: Path) -> list[int]:
+    """Numbers of the segments, oldest first."""
+    return sorted(int(name[:12]) for name in os.listdir(path / "segments") if name.endswith(".log"))
+
+
+def _waiting(path: Path) -> int:
+    """Bytes of segments that began behind the newest snapshot: what a start would replay."""
+    from .._ext.log import segment_head
+
+    snapshots = [int(p.name[:20]) for p in (path / "snapshots").glob("[0-9]*") if p.name[:20].isdigit()]
+    newest, total = max(snapshots, default=-1), 0
+    for number in _numbers(path)[:-1]:
+        file = path / "segments" / f"{number:012d}.log"
+        with file.open("rb") as stream:
+            head = segment_head(memoryview(stream.read(4096)))
+        if head is not None and head.first_sequence > newest:
+            total += file.stat().st_size
+    return total
 
 
 def _used(path: Path, number: int) -> int:
@@ -155,39 +197,53 @@ def _used(path: Path, number: int) -> int:
 
 
 def _watch(path: Path, options: LogOptions) -> None:
-    """Look at the folder until stdin ends; start a round when the log has grown enough, or a segment was closed."""
-    last_number, last_bytes = None, 0
+    """Look at the folder until the parent ends; start a round when the log has grown enough, or a segment was closed.
+
+    A round that fails is tried again after a while.
+    """
     parent = os.getppid()
+    last_number, last_bytes = None, 0
     grown, closed = 0, False
-    last_round = time.monotonic() - MOST_OFTEN
+    next_round = 0.0
     while True:
         ready, _, _ = select.select([sys.stdin], [], [], LOOK_EVERY)
-        ended = ready or os.getppid() != parent  # a forked child of the parent may still hold the pipe
-        number = _newest(path)
-        used = _used(path, number)
-        if last_number is None:
-            last_number, last_bytes = number, used
-        grown += (number - last_number) * options.segment_bytes + used - last_bytes
-        closed = closed or number != last_number
-        last_number, last_bytes = number, used
-        if ended:
+        if ready or os.getppid() != parent:  # a forked child of the parent may still hold the pipe
             return
         now = time.monotonic()
-        waited = now - last_round
-        if waited >= MOST_OFTEN and (grown >= options.snapshot_bytes or (closed and waited >= AT_LEAST)):
-            grown, closed, last_round = 0, False, now
-            command = [sys.executable, "-m", "penstock.offline.keeper", str(path), "--once"]
-            command += ["--options", msgspec.json.encode(options).decode()]
-            result = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
-            if result.returncode:
-                reason = result.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
-                print(f"penstock: warning: no snapshot this time: {reason[0]}", file=sys.stderr, flush=True)
+        try:
+            numbers = _numbers(path)
+            number = numbers[-1] if numbers else 0
+            used = _used(path, number)
+            if last_number is None:
+                grown, closed = _waiting(path) + used, len(numbers) > 1
+                last_number, last_bytes = number, used
+                next_round = now
+                closed_since = now
+        except OSError as error:
+            if now >= next_round:
+                print(f"penstock: warning: keeper: {error}", file=sys.stderr, flush=True)
+                next_round = now + AT_LEAST
+            continue
+        grown += (number - last_number) * options.segment_bytes + used - last_bytes
+        if number != last_number and not closed:
+            closed, closed_since = True, now
+        last_number, last_bytes = number, used
+        if now < next_round or not (grown >= options.snapshot_bytes or (closed and now - closed_since >= AT_LEAST)):
+            continue
+        command = [sys.executable, "-m", "penstock.offline.keeper", str(path), "--once"]
+        command += ["--options", msgspec.json.encode(options).decode()]
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+        if result.returncode == 0:
+            grown, closed = 0, False
+            next_round = time.monotonic() + MOST_OFTEN
+        else:
+            reason = result.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
+            print(f"penstock: warning: keeper: {reason[0]}", file=sys.stderr, flush=True)
+            next_round = time.monotonic() + RETRY
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run as `python -m penstock.offline.keeper DIR`."""
-    from ..errors import PenstockError
-
     parser = argparse.ArgumentParser(prog="penstock.offline.keeper")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--options", default="{}")

@@ -256,7 +256,9 @@ class LogFolder:
             owner = stream.read(32).strip()
             stream.close()
             raise LogError(
-                f"{self.path}: another process uses this log folder{f' (process {owner})' if owner else ''}; "
+                f"{self.path}: this process has the log folder open already"
+                if owner == str(os.getpid())
+                else f"{self.path}: another process uses this log folder{f' (process {owner})' if owner else ''}; "
                 "a folder has one writer"
             ) from None
         stream.seek(0)
@@ -301,6 +303,14 @@ class LogFolder:
                 yield segment
             finally:
                 segment.close()
+
+    def is_there(self) -> bool:
+        """Whether the folder that is locked is still the one at its path."""
+        try:
+            now = os.stat(self.path / "lock")
+        except OSError:
+            return False
+        return self._lock is not None and os.fstat(self._lock.fileno()).st_ino == now.st_ino
 
     def begins(self) -> int:
         """First event that history must still have: retention has dropped those before it, and says so here."""

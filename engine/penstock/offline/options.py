@@ -8,7 +8,7 @@ from ..definitions.durations import duration_us
 
 LEAST_SEGMENT, MOST_SEGMENT = 1 << 12, 1 << 40
 
-__all__ = ["LogOptions", "parse_retention", "parse_sync"]
+__all__ = ["LogOptions", "check_place", "parse_retention", "parse_sync"]
 
 
 class LogOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +38,7 @@ class LogOptions(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         parse_sync(self.sync)
         parse_retention(self.retention)
+        check_place(self.parquet)
         if not 0 <= self.scores <= 1:
             raise ValueError(f"scores: expected a share from 0 to 1, got {self.scores!r}")
         if not LEAST_SEGMENT <= self.segment_bytes <= MOST_SEGMENT:
@@ -61,6 +62,12 @@ def parse_sync(text: str) -> int:
     if not 1000 <= us <= 60_000_000:
         raise ValueError(f'sync: expected "always", "never" or a length from 1ms to 60s such as "10ms", got {text!r}')
     return us
+
+
+def check_place(uri: str | None) -> None:
+    """Raises ValueError for a place that history cannot be kept in."""
+    if uri is not None and "://" in uri and uri.partition("://")[0] not in ("file", "s3"):
+        raise ValueError(f"parquet: expected a folder or s3://bucket/prefix, got {uri!r}")
 
 
 def parse_retention(text: str | None) -> int | None:

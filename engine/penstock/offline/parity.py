@@ -97,6 +97,11 @@ class ParityReport(msgspec.Struct, kw_only=True):
             f.mismatched for p in self.pipelines for f in [*p.features, *([p.decisions] if p.decisions else [])]
         )
 
+    @property
+    def compared(self) -> int:
+        """Values that were compared."""
+        return sum(f.compared for p in self.pipelines for f in p.features)
+
     def __str__(self) -> str:
         lines: list[str] = []
         for pipeline in self.pipelines:
@@ -129,7 +134,7 @@ class ParityReport(msgspec.Struct, kw_only=True):
                     f"  {pipeline.other_plans:,} scores were made by another version of the pipeline or its models: "
                     "their features are compared by name, their decisions are not"
                 )
-            if pipeline.decisions is None:
+            if pipeline.decisions is None and pipeline.scores:
                 lines.append("  decisions were not compared: they need the same pipeline and its model folder")
             if (t := pipeline.by_time) is not None:
                 lines.append(
@@ -137,13 +142,21 @@ class ParityReport(msgspec.Struct, kw_only=True):
                     f"events in flight, {t.mismatched:,} mismatched{': ' + ', '.join(t.features) if t.features else ''}"
                 )
             if pipeline.not_found:
-                lines.append(f"  {pipeline.not_found:,} scores whose event history no longer holds")
+                lines.append(
+                    f"  {pipeline.not_found:,} scores of an event type that the app has not, or whose event is no longer "
+                    "in history"
+                )
             lines.append("")
         if self.history_begins:
             lines.append(
                 f"history begins at event {self.history_begins:,}: windows that reach further back were not compared"
             )
-        lines.append("equal, bit for bit" if self.ok else "MISMATCH: training would not see what serving saw")
+        if not self.ok:
+            lines.append("MISMATCH: training would not see what serving saw")
+        elif not self.compared:
+            lines.append("nothing was compared: the log has no score that this app could have given")
+        else:
+            lines.append("equal, bit for bit")
         return "\n".join(lines)
 
 

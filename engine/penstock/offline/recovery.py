@@ -150,11 +150,11 @@ def recover_state(
     damages = history.check()
     skipped: list[str] = []
     snapshot = None
-    if stores and folder.snapshots_path.is_dir():
+    if folder.snapshots_path.is_dir():
         snapshot = load_snapshot(folder.snapshots_path, stores, skipped=skipped)
     loaded: set[int] = set()
     at, position = -1, None
-    if snapshot is not None and snapshot.position is not None and snapshot.loaded:
+    if snapshot is not None and snapshot.position is not None and (snapshot.loaded or not stores):
         loaded, position = set(snapshot.loaded), snapshot.position
         at = position.sequence
     if position is not None and position.log_id != folder.log_id:
@@ -210,6 +210,8 @@ def recover_state(
         _recover_ids(replay, engine, history, at)
     totals = replay.run(engine.core, tail, None, True, tail)
     found.events = totals["events"]
+    if found.rebuilt and not found.history_events:
+        found.history_events = found.events
     engine.core.go_on_from(
         history.last_sequence + 1, max(history.last_ingest_time, totals["ingest_time"]), [None] * len(plan.events)
     )
@@ -246,7 +248,7 @@ def open_log(engine: Engine, folder: LogFolder, options: LogOptions, progress: P
     )
     engine.core.attach_log(log, event_schemas, score_schemas, options.scores)
     return RecoveryReport(
-        snapshot=found.at if found.loaded else None,
+        snapshot=found.at if found.at >= 0 else None,
         events=found.events,
         history_events=found.history_events,
         loaded=found.loaded,

@@ -79,7 +79,7 @@ def backfill(
     """A pipeline's features over all of history, as scoring would have computed them at each event.
 
     spine: "events" gives a row per logged event of the pipeline's type, "scores" a row per logged score. features:
-    names to keep (default all). out: a Parquet file to write; else the table is returned.
+    names to keep (default all). out: a Parquet file, which appears when it is whole; else the table is returned.
     Columns: `_sequence`, `_ingest_time`, `_outcome` (and `id`, the decision's, for scores), the event's fields, then
     the features. Memory is bounded by the state and a piece of the output, where `out` is given.
     Raises LogError where history cannot be read.
@@ -95,6 +95,7 @@ def backfill(
     history.check()
     parts: list[Any] = []
     writer: Any = None
+    draft = None if out is None else Path(f"{out}.part")
     columns, places = OutColumns(slots, CHUNK), _places(CHUNK)
     run = HistoryRun(
         engine.core,
@@ -130,7 +131,7 @@ def backfill(
                 if writer is None:
                     import pyarrow.parquet as pq
 
-                    writer = pq.ParquetWriter(out, table.schema, compression="zstd")
+                    writer = pq.ParquetWriter(draft, table.schema, compression="zstd")
                 if table.schema != writer.schema:
                     changed = [f.name for f, g in zip(table.schema, writer.schema) if f.type != g.type]
                     raise PenstockError(
@@ -140,11 +141,14 @@ def backfill(
                 writer.write_table(table)
             columns, places = OutColumns(slots, CHUNK), _places(CHUNK)
             run.set_output(columns.native, None, places)
-    finally:
-        if writer is not None:
+        if draft is not None:
             writer.close()
-    if out is not None:
-        return None
+            draft.replace(str(out))
+            return None
+    except BaseException:
+        if draft is not None:
+            draft.unlink(missing_ok=True)
+        raise
     widest = {f.name: f.type for part in parts for f in part.schema if f.type == pa.float64()}
     return pa.concat_tables(
         [part.cast(pa.schema([pa.field(f.name, widest.get(f.name, f.type)) for f in part.schema])) for part in parts]

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from ..errors import PenstockError
-from ..offline.options import parse_retention, parse_sync
+from ..offline.options import check_place, parse_retention, parse_sync
 
 __all__ = ["ConfigError", "ServerConfig", "load_config", "parse_flags"]
 
@@ -89,11 +89,13 @@ def load_config(
             message = str(error).partition(" - at `")[0].partition(", got ")[0]
             raise ConfigError(f"{place[name]}: {message}, got {value!r}") from None
     config = msgspec.convert(merged, ServerConfig, strict=False)
-    for name, check in (("log_sync", parse_sync), ("log_retention", parse_retention)):
+    for name, check in (("log_sync", parse_sync), ("log_retention", parse_retention), ("log_parquet", check_place)):
         try:
             check(getattr(config, name))
         except ValueError as error:
             raise ConfigError(f"{place[name]}: {error}") from None
+    if config.log == "":
+        raise ConfigError(f"{place['log']}: expected a folder, got ''")
     if config.log is None:
         for name in merged:
             if name.startswith("log_") or name in ("start_cold", "snapshot_bytes"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import ipaddress
+import os
 import resource
 import signal
 import socket
@@ -152,13 +153,25 @@ async def _serve(engine: Engine, config: ServerConfig, listener: socket.socket) 
 
 
 async def _sweep(server: HttpServer, period: float, engine: Engine) -> None:
-    steps = 0
+    """Timeouts of connections, and what an operator should read of the log, once each."""
+    steps = refusing = 0
+    said: set[str] = set()
     while True:
         await asyncio.sleep(period)
         server.sweep()
         if engine.core.log is None:
             continue
+        for text in engine.check_log():
+            if text not in said:
+                print(f"penstock: warning: {text}", file=sys.stderr, flush=True)
+            said.add(text)
         stats = engine.core.log.stats()
+        if stats.error != refusing:
+            refusing = stats.error
+            what = (
+                f"the log takes no more events: {os.strerror(refusing)}" if refusing else "the log takes events again"
+            )
+            print(f"penstock: {'warning: ' if refusing else ''}{what}", file=sys.stderr, flush=True)
         if stats.clock_steps != steps:
             steps = stats.clock_steps
             seconds = stats.last_step_us / 1e6

@@ -217,6 +217,12 @@ class Metrics:
                 self.engine.core.scores_not_logged,
             ),
             (
+                "penstock_keeper_alive",
+                "gauge",
+                "1 while a child process takes snapshots.",
+                int(self.engine.keeper_alive),
+            ),
+            (
                 "penstock_clock_steps_total",
                 "counter",
                 "Times that the clock was set by over a second.",
