@@ -143,8 +143,8 @@ class ParityReport(msgspec.Struct, kw_only=True):
                 )
             if pipeline.not_found:
                 lines.append(
-                    f"  {pipeline.not_found:,} scores of an event type that the app has not, or whose event is no longer "
-                    "in history"
+                    f"  {pipeline.not_found:,} scores of an event type that the app has not, or whose event is no "
+                    "longer in history"
                 )
             lines.append("")
         if self.history_begins:
