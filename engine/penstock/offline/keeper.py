@@ -70,7 +70,7 @@ def start_keeper(folder: LogFolder, options: LogOptions) -> Keeper:
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        start_new_session=True,  # a Ctrl-C at the terminal is the parent's to handle
+        process_group=0,  # a Ctrl-C at the terminal is the parent's to handle
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )
     return Keeper(process)
@@ -251,7 +251,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     options = msgspec.json.decode(given.options, type=LogOptions)
     with contextlib.suppress(OSError):
-        # Only where nothing else wants the core: a server that shares it does not wait for a slice of ours.
+        # Only where nothing else wants the core: a server that shares it does not wait for a slice of ours. That holds
+        # within one session: another one would have a share of its own.
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     if not given.once:
         _watch(given.folder, options)
