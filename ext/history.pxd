@@ -17,7 +17,6 @@ cdef class EventMapping:
     cdef:
         int source
         int n
-        int record_fields
         int *fields
         uint8_t *types
         ps_slot *values
@@ -66,7 +65,6 @@ cdef class HistoryRun(BatchRun):
         int n_pending
         int64_t events, scores, orphans, reported, newest_ingest
         dict compared_slots
-        dict examples
         list ids_out
         object places
         int64_t *out_sequence

@@ -43,7 +43,6 @@ cdef class EventMapping:
         cdef int i
         self.source = source
         self.n = len(fields)
-        self.record_fields = record_fields
         self.fields = <int *>checked(self.n, sizeof(int))
         self.types = <uint8_t *>checked(self.n, 1)
         self.values = <ps_slot *>checked(self.n, sizeof(ps_slot))
@@ -180,7 +179,6 @@ cdef class HistoryRun(BatchRun):
         self.current = 0
         self.counts[0] = self.counts[1] = 0
         self.order_table = self.block_table[0]
-        self.examples = {}
         self.compared_slots = {}
         self.set_output(out, verdicts_out, places)
         self.begin_block()

@@ -52,7 +52,6 @@ cdef class HttpServer:
         object             event_error
         object             log
         public object      event_log      # with `fsync always`: answers leave when its sync is done
-        readonly uint64_t  unsynced       # answers that were not sent because the disk failed
         dict               errors
         Route              unmatched
 

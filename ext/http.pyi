@@ -59,7 +59,6 @@ class HttpServer:
 
     draining: bool
     event_log: EventLog | None
-    unsynced: int
     reuse_heads: bool
     def __init__(
         self,

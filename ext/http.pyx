@@ -301,7 +301,6 @@ cdef class HttpServer:
             try:
                 self.event_log.wait()
             except LogError as error:
-                self.unsynced += len(waiting)
                 lost = True
                 print(f"penstock: {error}", file=sys.stderr, flush=True)
         for i in range(len(waiting)):

@@ -7,7 +7,7 @@ does not hold are rebuilt from all of history; and what cannot be read is refuse
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,7 +18,7 @@ from .._ext.log import EventLog
 from ..errors import LogError
 from ..features.layouts import describe_layouts
 from ..features.snapshot import LoadedSnapshot, load_snapshot
-from .history import History
+from .history import History, Piece
 from .log_folder import Damage, LogFolder, readable_records, write_whole
 from .options import LogOptions, parse_sync
 from .schemas import EventSchema, event_mapping, schemas_of, score_mapping
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 BLOCK = 256  # rows of a table that are scored at once
 
-__all__ = ["LogOptions", "RecoveryReport", "mappings_of", "open_log", "recover_state"]
+__all__ = ["LogOptions", "RecoveryReport", "fed", "mappings_of", "open_log", "recover_state"]
 
 Progress = Callable[[int, int], None]
 
@@ -87,6 +87,29 @@ def mappings_of(engine: Engine, schemas: list[Any], begins: dict[str, int] | Non
     return found
 
 
+def fed(
+    run: HistoryRun, piece: Piece, mappings: list[Any], first: int = 0, last: int = 1 << 62
+) -> Iterator[HistoryRun]:
+    """Feed a piece to a run, to its end; gives the run whenever its output is full.
+
+    Raises LogError with the place, and how many readable records follow, where a record does not check.
+    """
+    at, why = piece.start, "full"
+    while why == "full":
+        try:
+            at, why = run.feed(piece.data, piece.log_id, piece.number, at, piece.end, mappings, first, last)
+        except LogError as error:
+            raise LogError(f"{piece.path}: {error}") from None
+        if why == "full":
+            yield run
+    if why == "stopped" and at < piece.end:
+        _, n = readable_records(piece.data[: piece.end], piece.log_id, piece.number, at + 8)
+        raise LogError(
+            f"{piece.path} at offset {at}: damaged; {n} readable records follow in it. "
+            "Nothing was changed; restore the file from a copy"
+        )
+
+
 class _Replay:
     """Feeds pieces of history to a core, in order, with the mappings of each piece's schemas."""
 
@@ -107,19 +130,8 @@ class _Replay:
         until = last if last is not None else 1 << 62
         # The scores of a table are logged behind its events, up to a block of rows later.
         for piece in self.history.pieces(first, until + BLOCK if ids else until):
-            mappings = mappings_of(self.engine, piece.schemas)
-            try:
-                reached, why = run.feed(
-                    piece.data, piece.log_id, piece.number, piece.start, piece.end, mappings, first, until
-                )
-            except LogError as error:
-                raise LogError(f"{piece.path}: {error}") from None
-            if why == "stopped" and reached < piece.end:
-                _, n = readable_records(piece.data[: piece.end], piece.log_id, piece.number, reached + 8)
-                raise LogError(
-                    f"{piece.path} at offset {reached}: damaged; {n} readable records follow in it. "
-                    "Nothing was changed; restore the file from a copy"
-                )
+            for _ in fed(run, piece, mappings_of(self.engine, piece.schemas), first, until):
+                pass  # nothing is put out, so nothing fills up
         run.done()
         return run.totals
 

@@ -18,12 +18,12 @@ from .._ext.decision import OUTCOMES
 from .._ext.history import HistoryRun
 from ..app import App
 from ..engine import Engine
-from ..errors import LogError, PenstockError
+from ..errors import PenstockError
 from ..plan import PipelinePlan, Plan, Slot, suggestion
 from ..tables import OutColumns, pyarrow
 from .history import History
 from .log_folder import LogFolder
-from .recovery import mappings_of
+from .recovery import fed, mappings_of
 
 __all__ = ["backfill", "run_history"]
 
@@ -48,20 +48,17 @@ def run_history(
     engine: Engine, history: History, run: HistoryRun, progress: Done | None = None
 ) -> Iterator[tuple[int, list[Any], list[str]]]:
     """Feed all of history to a run; gives (rows, texts, ids) whenever its output is full, and once at the end."""
+    total = max(1, history.last_sequence + 1 - max(0, history.first_sequence))
+
+    def tell() -> None:
+        if progress is not None:
+            progress(run.totals["events"], total)
+
     for piece in history.pieces(0, 1 << 62):
-        mappings = mappings_of(engine, piece.schemas)
-        at = piece.start
-        while at < piece.end:
-            try:
-                at, why = run.feed(piece.data, piece.log_id, piece.number, at, piece.end, mappings)
-            except LogError as error:
-                raise LogError(f"{piece.path}: {error}") from None
-            if why == "full":
-                yield run.output
-            elif why == "stopped":
-                raise LogError(f"{piece.path} at offset {at}: a record does not check")
-            if progress is not None:
-                progress(run.totals["events"], max(1, history.last_sequence + 1 - max(0, history.first_sequence)))
+        for _ in fed(run, piece, mappings_of(engine, piece.schemas)):
+            tell()
+            yield run.output
+        tell()
     run.done()
     yield run.output
 
