@@ -1,7 +1,22 @@
 # flow.pxd: admission, the loop's queue, and the native pool. See flow.pyx.
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
+
+cdef extern from "pool.h" nogil:
+    ctypedef struct ps_job:
+        void (*call)(void *arg) noexcept
+        void *arg
+        void *owner
+        int64_t took_ns
+        ps_job *next
+    ctypedef struct ps_pool:
+        pass
+    ps_pool *ps_pool_open(int threads)
+    void ps_pool_close(ps_pool *pool)
+    int ps_pool_descriptor(const ps_pool *pool)
+    void ps_pool_submit(ps_pool *pool, ps_job *job)
+    ps_job *ps_pool_collect(ps_pool *pool)
 
 cdef enum Admission:
     INLINE = 0                # do it now, on the loop
@@ -12,12 +27,12 @@ cdef enum Admission:
 cdef enum Progress:
     DONE = 0
     MORE = 1                  # call begin() again, after others have had their turn
-    NATIVE = 2                # native(arg) is to run on the pool, then finish() on the loop
+    NATIVE = 2                # job.call(job.arg) is to run on the pool, then finish() on the loop
 
 cdef enum:
-    N_PRIORITIES = 8          # 0 is served first; clients say 1 (highest) to 7, and 0 for the default
+    N_PRIORITIES = 8          # 1 is served first, 7 last; 0 in a request is the default
     DEFAULT_PRIORITY = 4
-    N_WAITS = 16
+    N_WAITS = 16              # buckets of the queue time
 
 ctypedef void (*native_call)(void *arg) noexcept nogil
 
@@ -26,22 +41,24 @@ cdef class Lane:
     """One pipeline, event type or model: what its rows cost, what it may queue, what became of its requests."""
     cdef:
         readonly str name
-        readonly int64_t row_ns           # running mean of what a row costs on the loop
-        readonly int64_t native_ns        # of it, or instead of it, what may run on the pool; 0: nothing may
+        readonly int64_t row_ns           # running mean of what a row costs
+        readonly int64_t row_bytes        # running mean of a row's bytes in a body
+        public bint may_pool              # its models may run on the pool
         readonly int64_t max_rows         # rows that may wait
         readonly int64_t default_timeout  # ns
         readonly int64_t max_timeout
         readonly int64_t waiting          # rows that wait now
-        readonly int64_t pooled           # rows on the pool or waiting for it
-        readonly uint64_t admitted        # rows, since start
-        readonly uint64_t queued
+        readonly int64_t pooled           # requests on the pool now
+        readonly uint64_t admitted        # requests, done at once or queued
+        readonly uint64_t queued          # requests that waited
         readonly uint64_t refused_full    # requests
         readonly uint64_t refused_late    # when they came
         readonly uint64_t dropped_late    # when they were taken
         uint64_t waits[N_WAITS]           # histogram of the time in the queue
-        int64_t waited_ns
+        readonly int64_t waited_ns
 
     cdef void observe(self, int64_t rows, int64_t ns) noexcept
+    cdef bint on_pool(self) noexcept
 
 
 cdef class Work:
@@ -49,36 +66,54 @@ cdef class Work:
     cdef:
         Lane lane
         Work next
+        ps_job job                # NATIVE: call and arg
         int64_t rows
         int64_t arrival           # ns, monotonic
         int64_t deadline
         int64_t cost              # estimate that stands in the flow's sum
         int priority
-        native_call native
-        void *arg
+        bint begun
+        bint pooled
 
     cdef int begin(self) except -1
     cdef int finish(self) except -1
     cdef int refuse(self, int why) except -1
 
 
+# What waits, by priority; within one, in order of arrival.
+ctypedef struct Sums:
+    int64_t cost[8]
+    int64_t total
+
+
+cdef class Queue:
+    cdef:
+        list heads
+        list tails
+        Sums sums
+
+    cdef int push(self, Work work) except -1
+    cdef int push_front(self, Work work) except -1
+    cdef Work pop(self)
+    cdef int64_t before(self, int priority) noexcept
+
+
 cdef class Flow:
     cdef:
-        Work heads[N_PRIORITIES]
-        Work tails[N_PRIORITIES]
-        int64_t queued_ns[N_PRIORITIES]   # estimated cost of what waits
+        Queue short               # done in slices on the loop
+        Queue long                # waits for a thread of the pool
         readonly int64_t slice_ns
         readonly int n_threads
-        void *pool
-        dict running                      # what is on the pool, by address: keeps it alive
+        readonly int running      # threads of the pool that work
+        ps_pool *pool
         object loop
         object call_soon
         bint scheduled
         readonly uint64_t slices
-        readonly int64_t longest_slice
 
-    cdef int admit(self, Lane lane, int64_t rows, int64_t now, int64_t timeout_us, int priority,
+    cdef int admit(self, Lane lane, int64_t rows, int64_t now, int64_t arrival, int64_t timeout_us, int priority,
                    int64_t *deadline) except -1
     cdef int submit(self, Work work) except -1
-    cdef int run_slice(self) except -1
+    cdef int fill_pool(self) except -1
+    cdef int take(self, Work work, int64_t now) except -1
     cdef int to_pool(self, Work work) except -1

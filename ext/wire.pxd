@@ -66,6 +66,7 @@ cdef class WireConnection:
     cdef int gone(self) except -1                         # protocol: the connection is lost
     cdef bint idle(self) noexcept                         # protocol: nothing of a request has been read
     cdef int expire(self, int64_t now) except -1          # protocol: timeouts other than for writing
+    cdef int take(self, bytes data) except -1
     cdef int read_on(self) except -1                      # after `busy` or `paused`: take up what waits in `pending`
     cdef int fault(self) except -1
     cdef int send(self, const char *p, size_t n) except -1
