@@ -39,6 +39,7 @@ typedef struct {
 } ps_onnx_options;
 
 typedef struct ps_onnx ps_onnx;
+typedef struct ps_onnx_result ps_onnx_result;
 
 /* Loads the library once per process. Returns its version text, or NULL with the reason in error. */
 const char *ps_onnx_open_library(const char *path, uint32_t api_version, char *error);
