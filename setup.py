@@ -18,7 +18,7 @@ SOURCES = "engine/penstock/_ext"
 # C files that belong to each module beside its own .pyx.
 C_FILES: dict[str, list[str]] = {
     "windows": ["window_state.c"],
-    "trees": ["tree_kernel.c"],
+    "trees": ["tree_kernel.c", "tree_form.c"],
     "split": ["hashes.c", "assignment.c"],
     "expressions": ["expression.c"],
     "onnx": ["onnx_session.c"],

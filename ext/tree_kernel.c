@@ -29,6 +29,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -38,6 +39,8 @@
 #define ROWS 4           /* rows summed side by side: hides the latency of addition */
 #define WALK_ROWS 64     /* rows per block of the walk */
 #define STACK_BYTES 24576
+#define MAPPED_BYTES ((size_t)1 << 17) /* tables from this size on are mapped: freed, they go back to the system */
+#define MOST_TABLES 40
 #define GROUP 16           /* cuts compared at once */
 #define PIVOTS_AT_MOST 128 /* beyond, a binary search is faster */
 
@@ -72,6 +75,11 @@ struct ps_trees {
     int32_t n_base;
     double *base;
     size_t bytes;
+    struct {
+        void *at;
+        size_t bytes;
+    } tables[MOST_TABLES]; /* all that grab() gave */
+    uint32_t n_tables;
 
     /* Leaves in our numbering: of tree t from leaf0[t]. */
     uint32_t *leaf0;
@@ -104,31 +112,63 @@ struct ps_trees {
     uint8_t sampled;
 };
 
+/* Zeroed memory that lives as long as the model, or until drop(). */
 static void *grab(ps_trees *m, size_t count, size_t size) {
-    if (size && count > (SIZE_MAX - 64) / size)
+    if ((size && count > (SIZE_MAX - 4096) / size) || m->n_tables == MOST_TABLES)
         return NULL;
     size_t bytes = (count * size + 63) / 64 * 64;
     if (!bytes)
         bytes = 64;
-    void *p = aligned_alloc(64, bytes);
-    if (p) {
+    void *p;
+    if (bytes >= MAPPED_BYTES) {
+        p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (p == MAP_FAILED)
+            return NULL;
+    } else {
+        p = aligned_alloc(64, bytes);
+        if (!p)
+            return NULL;
         memset(p, 0, bytes);
-        m->bytes += bytes;
     }
+    m->tables[m->n_tables].at = p;
+    m->tables[m->n_tables++].bytes = bytes;
+    m->bytes += bytes;
     return p;
+}
+
+static void let_go(void *at, size_t bytes) {
+    if (bytes >= MAPPED_BYTES)
+        munmap(at, bytes);
+    else
+        free(at);
+}
+
+static void drop(ps_trees *m, void *at) {
+    for (uint32_t i = 0; at && i < m->n_tables; i++)
+        if (m->tables[i].at == at) {
+            let_go(at, m->tables[i].bytes);
+            m->bytes -= m->tables[i].bytes;
+            m->tables[i] = m->tables[--m->n_tables];
+            return;
+        }
+}
+
+/* What only building and the plain walk read. */
+static void drop_nodes(ps_trees *m) {
+    void *nodes[] = {m->roots, m->feature, m->yes, m->no, m->steps_begin, m->threshold, m->steps, m->nan_yes,
+                     m->steps_first};
+    for (size_t i = 0; i < sizeof nodes / sizeof nodes[0]; i++)
+        drop(m, nodes[i]);
+    m->roots = m->feature = m->yes = m->no = m->steps_begin = NULL;
+    m->threshold = m->steps = NULL;
+    m->nan_yes = m->steps_first = NULL;
 }
 
 void ps_trees_free(ps_trees *m) {
     if (!m)
         return;
-    void *all[] = {
-        m->base, m->leaf0, m->value, m->value32, m->target, m->weight_begin, m->weight_target, m->weight,
-        m->roots, m->feature, m->yes, m->no, m->steps_begin, m->threshold, m->steps, m->nan_yes, m->steps_first,
-        m->walk, m->walk_leaf, m->walk_root, m->walk_order,
-        m->used, m->cuts, m->pivots, m->ranks, m->table, m->late_tree, m->late_mask,
-    };
-    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
-        free(all[i]);
+    for (uint32_t i = 0; i < m->n_tables; i++)
+        let_go(m->tables[i].at, m->tables[i].bytes);
     free(m);
 }
 
@@ -783,6 +823,8 @@ ps_trees *ps_trees_build(const ps_trees_form *form, int layout, int simd, size_t
     }
     if (m->layout < PS_LAYOUT_PLAIN || m->layout > PS_LAYOUT_MASKS)
         FAIL("no layout %d", m->layout);
+    if (m->layout != PS_LAYOUT_PLAIN)
+        drop_nodes(m);
     free(places);
     return m;
 fail:

@@ -39,6 +39,12 @@ cdef extern from "tree_kernel.h" nogil:
     size_t ps_trees_bytes(const ps_trees *trees)
     float ps_trees_xgboost_margin(float base_score, int link)
 
+cdef extern from "tree_form.h" nogil:
+    size_t ps_trees_form_size(const ps_trees_form *form, size_t names)
+    void ps_trees_form_write(const ps_trees_form *form, const char *names, size_t n_names, void *to)
+    int ps_trees_form_read(const void *block, size_t bytes, ps_trees_form *form, const char **names, size_t *n_names,
+                           char *error)
+
 
 cdef class TreeModel:
     cdef:

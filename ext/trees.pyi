@@ -4,7 +4,8 @@ import numpy as np
 import numpy.typing as npt
 
 class TreeModel:
-    """A scorer made of a models.tree_ensemble.TreeEnsemble. Build one with models.trees.load_trees."""
+    """A scorer made of a models.tree_ensemble.TreeEnsemble (build one with models.trees.load_trees), or of what
+    compile_form() made of one: bytes, or a mapped file; the GIL is then held for microseconds."""
 
     feature_names: tuple[str, ...] | None
     def __init__(
@@ -31,4 +32,5 @@ class TreeModel:
     def predict(self, x: npt.ArrayLike) -> npt.NDArray[np.float64]: ...
     def predict_raw(self, x: npt.ArrayLike) -> npt.NDArray[np.float64]: ...
 
+def compile_form(form: Any) -> bytes: ...
 def xgboost_margin(base_score: float, link: int) -> float: ...

@@ -6,8 +6,9 @@
 import numpy as np
 
 from cpython.buffer cimport (
-    PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
+    PyBUF_FORMAT, PyBUF_SIMPLE, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
 )
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport uintptr_t
 
 cdef object empty = np.empty
@@ -22,69 +23,107 @@ cdef object array_of(object form, str name, object dtype, Py_ssize_t size):
     return array
 
 
+cdef const void *take(list keep, object array) except? NULL:
+    """Where an array's values stand; NULL where it has none."""
+    cdef const uint8_t[::1] view
+    keep.append(array)
+    if not array.shape[0]:
+        return NULL
+    view = array.view(np.uint8)
+    return &view[0]
+
+
+cdef list read_form(object form, ps_trees_form *f):
+    """The C form of a TreeEnsemble. Returns what its pointers point into."""
+    cdef Py_ssize_t n = len(form.feature), leaves = len(form.weight_begin) - 1
+    cdef list keep = []
+    if leaves < 1:
+        raise ValueError("weight_begin: expected one more value than there are leaves")
+    f.n_trees = len(form.roots)
+    f.n_nodes = n
+    f.n_leaves = leaves
+    f.n_inputs = form.n_inputs
+    f.n_raw = form.n_raw
+    f.n_outputs = form.n_outputs
+    f.n_weights = len(form.weight_target)
+    f.n_base = len(form.base)
+    f.roots = <const int32_t *>take(keep, array_of(form, "roots", np.int32, len(form.roots)))
+    f.feature = <const int32_t *>take(keep, array_of(form, "feature", np.int32, n))
+    f.threshold = <const double *>take(keep, array_of(form, "threshold", np.float64, n))
+    f.yes = <const int32_t *>take(keep, array_of(form, "yes", np.int32, n))
+    f.no = <const int32_t *>take(keep, array_of(form, "no", np.int32, n))
+    f.nan_yes = <const uint8_t *>take(keep, array_of(form, "nan_yes", np.uint8, n))
+    steps_begin = array_of(form, "steps_begin", np.int32, n + 1)
+    f.steps_begin = <const int32_t *>take(keep, steps_begin)
+    f.steps = <const double *>take(keep, array_of(form, "steps", np.float64, int(steps_begin[n])))
+    f.steps_first = <const uint8_t *>take(keep, array_of(form, "steps_first", np.uint8, n))
+    f.weight_begin = <const int32_t *>take(keep, array_of(form, "weight_begin", np.int32, leaves + 1))
+    f.weight_target = <const int32_t *>take(keep, array_of(form, "weight_target", np.int32, f.n_weights))
+    f.weight = <const double *>take(keep, array_of(form, "weight", np.float64, f.n_weights))
+    f.base = <const double *>take(keep, array_of(form, "base", np.float64, f.n_base))
+    f.round_input = form.round_input
+    f.accumulate32 = form.accumulate32
+    f.base_first = form.base_first
+    f.aggregate = form.aggregate
+    f.transform = form.transform
+    f.onnx_post = form.onnx_post
+    f.onnx_binary = form.onnx_binary
+    f.onnx_all_positive = form.onnx_all_positive
+    f.onnx_output32 = form.onnx_output32
+    f.slope = form.slope
+    f.divisor = form.divisor
+    return keep
+
+
+def compile_form(form):
+    """A TreeEnsemble as one block of bytes (tree_form.h), from which a TreeModel is built without reading Python values."""
+    cdef ps_trees_form f
+    cdef size_t size
+    cdef list keep = read_form(form, &f)
+    cdef bytes names = b"".join([name.encode() + b"\0" for name in form.feature_names or ()])
+    cdef bytes block
+    if any("\0" in name for name in form.feature_names or ()):
+        raise ValueError("feature_names: a name holds a zero character")
+    size = ps_trees_form_size(&f, PyBytes_GET_SIZE(names))
+    block = PyBytes_FromStringAndSize(NULL, size)
+    ps_trees_form_write(&f, PyBytes_AS_STRING(names), PyBytes_GET_SIZE(names), PyBytes_AS_STRING(block))
+    return block
+
+
 cdef class TreeModel:
-    """A scorer made of a models.tree_ensemble.TreeEnsemble. Build one with models.trees.load_trees."""
+    """A scorer made of a models.tree_ensemble.TreeEnsemble (build one with models.trees.load_trees), or of what
+    compile_form() made of one: bytes, or a mapped file; the GIL is then held for microseconds."""
 
     def __cinit__(self, form, str layout="auto", str simd="auto", size_t table_bytes=0):
         cdef ps_trees_form f
         cdef char error[256]
-        cdef const int32_t[::1] roots, feature, yes, no, steps_begin, weight_begin, weight_target
-        cdef const double[::1] threshold, steps, weight, base
-        cdef const uint8_t[::1] nan_yes, steps_first
-        cdef int wanted, instructions
+        cdef int wanted, instructions, failed
+        cdef Py_buffer block
+        cdef const char *names = NULL
+        cdef size_t n_names = 0
+        cdef list keep
         if layout not in LAYOUTS or simd not in SIMD:
             raise ValueError(f"layout {layout}, simd {simd}: expected {', '.join(LAYOUTS)}; {', '.join(SIMD)}")
         wanted, instructions = LAYOUTS[layout], SIMD[simd]
-        cdef Py_ssize_t n = len(form.feature), leaves = len(form.weight_begin) - 1
-        if leaves < 1:
-            raise ValueError("weight_begin: expected one more value than there are leaves")
-        roots = array_of(form, "roots", np.int32, len(form.roots))
-        feature = array_of(form, "feature", np.int32, n)
-        threshold = array_of(form, "threshold", np.float64, n)
-        yes = array_of(form, "yes", np.int32, n)
-        no = array_of(form, "no", np.int32, n)
-        nan_yes = array_of(form, "nan_yes", np.uint8, n)
-        steps_begin = array_of(form, "steps_begin", np.int32, n + 1)
-        steps_first = array_of(form, "steps_first", np.uint8, n)
-        steps = array_of(form, "steps", np.float64, int(steps_begin[n]))
-        weight_begin = array_of(form, "weight_begin", np.int32, leaves + 1)
-        weight_target = array_of(form, "weight_target", np.int32, len(form.weight_target))
-        weight = array_of(form, "weight", np.float64, len(form.weight_target))
-        base = array_of(form, "base", np.float64, len(form.base))
-        f.n_trees = len(form.roots)
-        f.n_nodes = n
-        f.n_leaves = leaves
-        f.n_inputs = form.n_inputs
-        f.n_raw = form.n_raw
-        f.n_outputs = form.n_outputs
-        f.n_weights = len(form.weight_target)
-        f.roots = &roots[0] if roots.shape[0] else NULL
-        f.feature = &feature[0] if feature.shape[0] else NULL
-        f.threshold = &threshold[0] if threshold.shape[0] else NULL
-        f.yes = &yes[0] if yes.shape[0] else NULL
-        f.no = &no[0] if no.shape[0] else NULL
-        f.nan_yes = &nan_yes[0] if nan_yes.shape[0] else NULL
-        f.steps_begin = &steps_begin[0] if steps_begin.shape[0] else NULL
-        f.steps = &steps[0] if steps.shape[0] else NULL
-        f.steps_first = &steps_first[0] if steps_first.shape[0] else NULL
-        f.weight_begin = &weight_begin[0] if weight_begin.shape[0] else NULL
-        f.weight_target = &weight_target[0] if weight_target.shape[0] else NULL
-        f.weight = &weight[0] if weight.shape[0] else NULL
-        f.base = &base[0] if base.shape[0] else NULL
-        f.n_base = len(form.base)
-        f.round_input = form.round_input
-        f.accumulate32 = form.accumulate32
-        f.base_first = form.base_first
-        f.aggregate = form.aggregate
-        f.transform = form.transform
-        f.onnx_post = form.onnx_post
-        f.onnx_binary = form.onnx_binary
-        f.onnx_all_positive = form.onnx_all_positive
-        f.onnx_output32 = form.onnx_output32
-        f.slope = form.slope
-        f.divisor = form.divisor
-        with nogil:
-            self.trees = ps_trees_build(&f, wanted, instructions, table_bytes, error)
+        self.feature_names = None
+        if PyObject_CheckBuffer(form):
+            PyObject_GetBuffer(form, &block, PyBUF_SIMPLE)
+            try:
+                if <uintptr_t>block.buf % 8:
+                    raise ValueError("a compiled form stands on a multiple of 8 bytes")
+                with nogil:
+                    failed = ps_trees_form_read(block.buf, block.len, &f, &names, &n_names, error)
+                    if not failed:
+                        self.trees = ps_trees_build(&f, wanted, instructions, table_bytes, error)
+                if self.trees != NULL and n_names:
+                    self.feature_names = tuple(names[:n_names - 1].decode().split("\0"))
+            finally:
+                PyBuffer_Release(&block)
+        else:
+            keep = read_form(form, &f)
+            with nogil:
+                self.trees = ps_trees_build(&f, wanted, instructions, table_bytes, error)
+            self.feature_names = tuple(form.feature_names) if form.feature_names else None
         if self.trees == NULL:
             raise ValueError((<bytes> error).decode())
         self.n_raw_scores = f.n_raw
@@ -92,10 +131,14 @@ cdef class TreeModel:
         self.model.state = self.trees
         self.model.n_inputs = f.n_inputs
         self.model.n_outputs = f.n_outputs
-        self.feature_names = tuple(form.feature_names) if form.feature_names else None
 
     def __dealloc__(self):
-        ps_trees_free(self.trees)
+        # Large tables take a while to give back: others run meanwhile.
+        if self.trees != NULL and ps_trees_bytes(self.trees) > (1 << 18):
+            with nogil:
+                ps_trees_free(self.trees)
+        else:
+            ps_trees_free(self.trees)
 
     @property
     def abi(self) -> int:
