@@ -1,13 +1,29 @@
-/* loadgen.c: the HTTP/1.1 load generator of the benchmarks (one thread, epoll, keep-alive connections).
+/* loadgen.c: the load generator of the benchmarks: HTTP/1.1 and RESP (one thread, epoll, connections that stay open).
  *
  * Closed loop: every connection sends its next request when the last one is answered; measures throughput.
  * Open loop (--rate): Poisson arrivals at intended times that do not depend on the server; a request that finds no
- * idle connection waits here, and its latency still counts from the intended time (no coordinated omission).
- * What must stay true: every request that was due ends in exactly one of the counters (answered 200, other status,
- * lost, timed out), and the histogram never understates: an unanswered request is recorded at its age.
+ * idle connection waits here, and its latency still counts from the intended time (no coordinated omission). With
+ * --burst B arrivals come B at once and are sent together on one connection, as a pipelining client sends them.
+ * What must stay true: every request that was due ends in exactly one of the counters, so that within the window
+ * offered = good + late + refused + failed + unsent; and the histogram of all never understates: an unanswered request
+ * is recorded at its age. The ok_* quantiles are of the requests answered 200 alone.
+ *   good     answered 200 within --deadline-us of its due time (without a deadline: answered 200)
+ *   late     answered 200 after it
+ *   refused  answered 503 (RESP: -BUSY)
+ *   failed   another status, lost, timed out, not understood
+ *   unsent   found no idle connection within --patience-us of its due time and was given up
  *
- * Output: one JSON object on stdout. Body file: one request body per line, used in turn. A run of 20 '@' inside a body
- * becomes an event time: --stamp-start + k * --stamp-step seconds for the k-th request (RFC 3339, UTC).
+ * Output: one JSON object on stdout. Body file: one request body per line, used in turn; with --framed, each body stands
+ * behind its length (4 bytes, little endian) instead, so that it may be binary. --body-raw: the file is one body.
+ * --request-raw: the file is one whole HTTP request, sent byte for byte (what another client sent, say).
+ * Marks in a body become event times, of the k-th request --stamp-start + k * --stamp-step:
+ *   20 '@'                          RFC 3339, UTC, seconds
+ *   16 '#'                          a JSON integer in units of which --stamp-unit make a second, spaces behind it
+ *   0xd3 or 0xcf, and then 8 '@'    a MessagePack integer of 8 bytes in the same units
+ *
+ * RESP: a request is --command (words between spaces) with one body as the last argument, or --command alone. An answer is
+ * any RESP2 or RESP3 value, nested ones too; pushes are passed over. Statuses stand for answers: 200 a value, 404 a null,
+ * 503 an error that begins with BUSY, 400 another error (also one inside an array).
  * cc -O2 loadgen.c -o loadgen -lm
  *
  * Checked once against wrk 4.1 (-t1 -c64; client on core 1, load/floor_server.py on core 0, five interleaved runs of
@@ -113,16 +129,20 @@ static void print_histogram(const histogram *h, double unit) {
 
 /* ---- requests ---- */
 
+enum { NO_STAMP, STAMP_TEXT, STAMP_DIGITS, STAMP_BINARY };
+
 typedef struct {
     char *bytes;
     uint32_t length;
-    int64_t stamp_at; /* offset of the event time in bytes, or -1 */
+    uint32_t stamp_at; /* offset of the event time in bytes */
+    int stamp;
 } request;
 
 static request *requests;
 static size_t n_requests, next_request;
 static int64_t stamp_next = 1522540800, stamp_step = 1; /* 2018-04-01T00:00:00Z */
-static const char STAMP_MARK[] = "@@@@@@@@@@@@@@@@@@@@";
+static int64_t stamp_unit = 1000000;
+static const char MARK[] = "@@@@@@@@@@@@@@@@@@@@", DIGITS_MARK[] = "################";
 
 /* RFC 3339 of a second since 1970, 20 characters; the date is the civil-from-days formula of the Gregorian calendar. */
 static void write_stamp(char *out, int64_t seconds) {
@@ -148,39 +168,134 @@ static void write_stamp(char *out, int64_t seconds) {
     out[16] = ':', out[17] = (char)('0' + s / 10), out[18] = (char)('0' + s % 10), out[19] = 'Z';
 }
 
-static void load_requests(const char *file, const char *method, const char *path, const char *host, int port,
-                          const char *extra) {
-    FILE *f = file ? fopen(file, "r") : NULL;
-    if (file && !f) die(file, strerror(errno));
-    char *line = NULL, head[4096];
-    size_t cap = 0, room = 0;
-    ssize_t length = 0;
-    while (f ? (length = getline(&line, &cap, f)) >= 0 : n_requests == 0) {
-        while (length > 0 && (line[length - 1] == '\n' || line[length - 1] == '\r')) length--;
-        if (n_requests == room) {
-            room = room ? 2 * room : 1024;
-            if (!(requests = realloc(requests, room * sizeof *requests))) die("out of memory", NULL);
-        }
-        int n = snprintf(head, sizeof head,
-                         "%s %s HTTP/1.1\r\nHost: %s:%d\r\nContent-Type: application/json\r\nContent-Length: %zd\r\n%s\r\n",
-                         method, path, host, port, length, extra);
-        if (n >= (int)sizeof head) die("the header does not fit in 4096 bytes", NULL);
-        request *r = &requests[n_requests++];
-        r->length = (uint32_t)(n + length);
-        if (!(r->bytes = malloc(r->length + 1))) die("out of memory", NULL);
-        memcpy(r->bytes, head, (size_t)n);
-        if (length) memcpy(r->bytes + n, line, (size_t)length);
-        char *mark = length ? memmem(r->bytes + n, (size_t)length, STAMP_MARK, 20) : NULL;
-        r->stamp_at = mark ? mark - r->bytes : -1;
+static void stamp(char *request_bytes, const request *r) {
+    char *at = request_bytes + r->stamp_at, digits[32];
+    int64_t value = stamp_next * stamp_unit;
+    if (r->stamp == STAMP_TEXT) {
+        write_stamp(at, stamp_next);
+    } else if (r->stamp == STAMP_DIGITS) {
+        int n = snprintf(digits, sizeof digits, "%lld", (long long)value);
+        if (n > 16) die("--stamp-start: more than 16 digits in these units", NULL);
+        memset(at, ' ', 16);
+        memcpy(at, digits, (size_t)n);
+    } else {
+        for (int i = 0; i < 8; i++) at[i] = (char)((uint64_t)value >> (56 - 8 * i));
     }
-    free(line);
-    if (f) fclose(f);
-    if (!n_requests) die("the body file holds no line", file);
+    stamp_next += stamp_step;
+}
+
+/* Finds the mark of an event time in the last `length` bytes of a request. */
+static void find_stamp(request *r, size_t length) {
+    char *body = r->bytes + r->length - length, *mark;
+    if ((mark = memmem(body, length, MARK, 20))) {
+        r->stamp = STAMP_TEXT;
+    } else if ((mark = memmem(body, length, DIGITS_MARK, 16))) {
+        r->stamp = STAMP_DIGITS;
+    } else {
+        const char *end = body + length;
+        for (mark = body; (mark = memmem(mark, (size_t)(end - mark), MARK, 8)); mark++)
+            if (mark > body && ((mark[-1] & 0xff) == 0xd3 || (mark[-1] & 0xff) == 0xcf)) break;
+        if (!mark) return;
+        r->stamp = STAMP_BINARY;
+    }
+    r->stamp_at = (uint32_t)(mark - r->bytes);
+}
+
+static char *read_file(const char *file, size_t *length) {
+    FILE *f = fopen(file, "rb");
+    if (!f) die(file, strerror(errno));
+    size_t cap = 1 << 16, n = 0, got;
+    char *data = malloc(cap);
+    while (data && (got = fread(data + n, 1, cap - n, f)) > 0)
+        if ((n += got) == cap) data = realloc(data, cap *= 2);
+    if (!data) die("out of memory", NULL);
+    if (ferror(f)) die(file, "could not be read");
+    fclose(f);
+    *length = n;
+    return data;
+}
+
+/* What every request begins with: the head of HTTP without Content-Length's number, or the words of a command. */
+static char lead[8192];
+static int lead_words; /* RESP: words of the command; -1: HTTP, -2: requests are whole already */
+
+static void lead_of_http(const char *method, const char *path, const char *host, int port, const char *extra) {
+    const char *type = strcasestr(extra, "content-type:") ? "" : "Content-Type: application/json\r\n";
+    int n = snprintf(lead, sizeof lead, "%s %s HTTP/1.1\r\nHost: %s:%d\r\n%s%sContent-Length: ", method, path, host, port,
+                     type, extra);
+    if (n >= (int)sizeof lead) die("the header does not fit in 8192 bytes", NULL);
+    lead_words = -1;
+}
+
+static void lead_of_resp(const char *command) {
+    size_t used = 0;
+    for (const char *p = command; *(p += strspn(p, " ")); p += strcspn(p, " ")) {
+        int n = (int)strcspn(p, " ");
+        used += (size_t)snprintf(lead + used, sizeof lead - used, "$%d\r\n%.*s\r\n", n, n, p);
+        if (used >= sizeof lead) die("--command: more than 8192 bytes", NULL);
+        lead_words++;
+    }
+    if (!lead_words) die("--protocol resp needs --command, such as --command 'PENSTOCK.SCORE fraud'", NULL);
+}
+
+/* body NULL: a request without one. */
+static void add_request(const char *body, size_t length) {
+    static size_t room;
+    char head[sizeof lead + 64];
+    int n = 0;
+    if (n_requests == room) {
+        room = room ? 2 * room : 1024;
+        if (!(requests = realloc(requests, room * sizeof *requests))) die("out of memory", NULL);
+    }
+    if (lead_words == -1) n = snprintf(head, sizeof head, "%s%zu\r\n\r\n", lead, length);
+    else if (lead_words > 0 && body) n = snprintf(head, sizeof head, "*%d\r\n%s$%zu\r\n", lead_words + 1, lead, length);
+    else if (lead_words > 0) n = snprintf(head, sizeof head, "*%d\r\n%s", lead_words, lead);
+    const char *tail = lead_words > 0 && body ? "\r\n" : "";
+    request *r = &requests[n_requests++];
+    size_t total = (size_t)n + length;
+    if (total + 2 > UINT32_MAX) die("a request is larger than 4 GB", NULL);
+    if (!(r->bytes = malloc(total + 3))) die("out of memory", NULL);
+    memcpy(r->bytes, head, (size_t)n);
+    if (length) memcpy(r->bytes + n, body, length);
+    r->length = (uint32_t)total;
+    r->stamp = NO_STAMP;
+    if (length) find_stamp(r, length);
+    memcpy(r->bytes + total, tail, strlen(tail) + 1);
+    r->length += (uint32_t)strlen(tail);
+}
+
+static void load_requests(const char *file, int framed) {
+    size_t n;
+    if (!file) {
+        add_request(NULL, 0);
+        return;
+    }
+    char *data = read_file(file, &n), *p = data, *end = data + n;
+    while (p < end) {
+        if (framed) {
+            uint32_t length;
+            if (end - p < 4) die(file, "ends inside a length");
+            memcpy(&length, p, 4);
+            if ((size_t)(end - p - 4) < length) die(file, "ends inside a body");
+            add_request(p + 4, length);
+            p += 4 + length;
+        } else {
+            char *stop = memchr(p, '\n', (size_t)(end - p));
+            char *last = stop ? stop : end;
+            size_t length = (size_t)(last - p);
+            while (length && p[length - 1] == '\r') length--;
+            add_request(p, length);
+            p = last + 1;
+        }
+    }
+    free(data);
+    if (!n_requests) die("the body file holds nothing", file);
 }
 
 /* ---- connections ---- */
 
 enum { HEAD, BODY, CHUNK_SIZE, CHUNK_DATA, CHUNK_TRAILER };
+enum { OK = 200, FAILED = 400, NOT_THERE = 404, REFUSED = 503 };
 
 typedef struct {
     int fd; /* -1: down, to be connected again at retry_at */
@@ -191,18 +306,24 @@ typedef struct {
     uint32_t head, in_flight;
     int64_t sent_at; /* of the oldest request in flight */
     int state, status, chunked, closing, waits_for_out;
-    int64_t left;
+    int64_t left; /* HTTP: bytes to come of the body or chunk; RESP: of the string */
+    int64_t values; /* RESP: values to come until the answer is whole */
+    int push;
 } connection;
 
 static struct sockaddr_storage address;
 static socklen_t address_length;
 static int epoll_fd;
-static uint32_t depth = 1;
+static uint32_t depth = 1, burst = 1;
+static int is_resp;
 static connection *connections;
 static uint32_t n_connections = 64;
 
-static histogram latency, send_lag;
-static uint64_t ok_in_window, ok_total, bytes_in, err_status, err_connect, err_lost, err_timeout, err_format;
+static histogram latency, ok_latency, send_lag;
+static uint64_t ok_total, bytes_in, err_status, err_connect, err_lost, err_timeout, err_format;
+static uint64_t offered, good, late, refused, failed, unsent; /* of requests in the window */
+static int64_t deadline = INT64_MAX, patience = INT64_MAX;
+static uint64_t to_send = UINT64_MAX; /* --requests: how many may still be sent */
 static uint64_t status_count[600];
 static char first_error[400];
 static int64_t window_start, window_end; /* open loop: of due times; closed loop: of answer times */
@@ -220,7 +341,9 @@ static void open_connection(connection *c, int64_t now) {
     c->in_used = c->out_used = c->out_sent = 0;
     c->head = c->in_flight = 0;
     c->state = HEAD;
-    c->closing = c->waits_for_out = 0;
+    c->values = 1;
+    c->closing = c->waits_for_out = c->push = 0;
+    c->status = OK;
     c->fd = socket(address.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (c->fd < 0) die("socket", strerror(errno));
     if (connect(c->fd, (struct sockaddr *)&address, address_length)) {
@@ -238,15 +361,25 @@ static void open_connection(connection *c, int64_t now) {
     if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, c->fd, &e)) die("epoll_ctl", strerror(errno));
 }
 
+static int in_window(int64_t when) {
+    return when >= window_start && when < window_end;
+}
+
+/* The requests in flight of a connection will not be answered. */
+static void give_up(connection *c, int64_t now) {
+    for (uint32_t i = 0; i < c->in_flight; i++) {
+        int64_t due = c->due[(c->head + i) % depth];
+        if (!in_window(is_open ? due : now)) continue;
+        failed++;
+        if (is_open) record(&latency, now - due);
+    }
+}
+
 /* Closes a connection and opens it again; what was in flight is counted into *counter. */
 static void reopen(connection *c, int64_t now, uint64_t *counter) {
     *counter += c->in_flight;
     waiting_for_answer -= c->in_flight;
-    if (is_open)
-        for (uint32_t i = 0; i < c->in_flight; i++) {
-            int64_t due = c->due[(c->head + i) % depth];
-            if (due >= window_start && due < window_end) record(&latency, now - due);
-        }
+    give_up(c, now);
     close(c->fd);
     open_connection(c, now);
 }
@@ -267,7 +400,8 @@ static void queue_request(connection *c, int64_t due, int64_t now) {
     }
     char *at = c->out + c->out_used;
     memcpy(at, r->bytes, r->length);
-    if (r->stamp_at >= 0) write_stamp(at + r->stamp_at, stamp_next), stamp_next += stamp_step;
+    if (r->stamp) stamp(at, r);
+    to_send--;
     c->out_used += r->length;
     if (!c->in_flight) c->sent_at = now;
     c->due[(c->head + c->in_flight++) % depth] = due;
@@ -301,16 +435,20 @@ static void answered(connection *c, int64_t now) {
     c->in_flight--;
     waiting_for_answer--;
     c->sent_at = now;
-    int64_t when = is_open ? due : now;
-    int counts = when >= window_start && when < window_end;
     status_count[c->status >= 0 && c->status < 600 ? c->status : 0]++;
-    if (c->status != 200) {
-        err_status++;
+    if (c->status == OK) ok_total++;
+    else err_status++;
+    if (!in_window(is_open ? due : now)) return;
+    record(&latency, now - due);
+    if (c->status == OK) {
+        record(&ok_latency, now - due);
+        if (now - due <= deadline) good++;
+        else late++;
+    } else if (c->status == REFUSED) {
+        refused++;
     } else {
-        ok_total++;
-        if (counts) ok_in_window++;
+        failed++;
     }
-    if (counts) record(&latency, now - due);
 }
 
 /* Reads a status line and the headers that frame the body. Returns 0 if this is not HTTP. */
@@ -330,15 +468,105 @@ static int read_head(connection *c, const char *p, const char *end) {
     return c->chunked || c->left >= 0;
 }
 
+/* Consumes the RESP values in c->in: a count of values to come stands for all nesting. Returns 0 when it is no RESP. */
+static int read_values(connection *c, int64_t now) {
+    char *p = c->in, *end = c->in + c->in_used;
+    for (;;) {
+        if (c->state == BODY) {
+            int64_t n = end - p < c->left ? end - p : c->left;
+            p += n;
+            c->left -= n;
+            if (c->left) break;
+            if (p[-1] != '\n') return 0;
+            c->state = HEAD;
+            c->values--;
+        } else {
+            char *stop = memchr(p, '\n', (size_t)(end - p));
+            if (!stop) break;
+            if (stop - p < 2 || stop[-1] != '\r') return 0;
+            int top = c->values == 1 && !c->push && c->status == OK;
+            char kind = *p, *rest;
+            int64_t n = 0;
+            if (kind == '>') c->push = 1;
+            else if (!c->in_flight) return 0;
+            if (kind == '$' || kind == '!' || kind == '=' || kind == '*' || kind == '~' || kind == '%' || kind == '|' ||
+                kind == '>') {
+                n = strtoll(p + 1, &rest, 10);
+                if (rest == p + 1 || rest != stop - 1 || n < -1 || n > (1LL << 40)) return 0;
+                if (kind == '!' && end - stop - 1 < n + 2) break; /* its code is wanted: all of it must be there */
+            }
+            switch (kind) {
+            case '-':
+            case '!':
+                if (!c->push) {
+                    note_error(p, (size_t)(end - p));
+                    const char *code = kind == '-' ? p + 1 : stop + 1;
+                    c->status = end - code >= 4 && !memcmp(code, "BUSY", 4) ? REFUSED : FAILED;
+                }
+                if (kind == '-') {
+                    c->values--;
+                    break;
+                } /* fall through */
+            case '$':
+            case '=':
+                if (n < 0) {
+                    if (top) c->status = NOT_THERE;
+                    c->values--;
+                } else {
+                    c->left = n + 2;
+                    c->state = BODY;
+                }
+                break;
+            case '_':
+                if (top) c->status = NOT_THERE;
+                c->values--;
+                break;
+            case '+':
+            case ':':
+            case ',':
+            case '#':
+            case '(':
+                c->values--;
+                break;
+            case '*':
+            case '~':
+            case '>':
+                if (n < 0 && top) c->status = NOT_THERE;
+                c->values += (n < 0 ? 0 : n) - 1;
+                break;
+            case '%':
+                c->values += 2 * n - 1;
+                break;
+            case '|': /* an attribute: it and then the value that it belongs to */
+                c->values += 2 * n;
+                break;
+            default:
+                return 0;
+            }
+            p = stop + 1;
+        }
+        if (c->state == HEAD && c->values == 0) {
+            c->values = 1;
+            if (c->push) c->push = 0;
+            else answered(c, now);
+            c->status = OK;
+        }
+    }
+    c->in_used = (size_t)(end - p);
+    if (c->in_used && p != c->in) memmove(c->in, p, c->in_used);
+    return 1;
+}
+
 /* Consumes what is in c->in. Returns 0 when the answer cannot be understood. */
 static int read_answers(connection *c, int64_t now) {
+    if (is_resp) return read_values(c, now);
     char *p = c->in, *end = c->in + c->in_used;
     for (;;) {
         if (c->state == HEAD) {
             char *stop = end - p >= 4 ? memmem(p, (size_t)(end - p), "\r\n\r\n", 4) : NULL;
             if (!stop) break;
             if (!c->in_flight || !read_head(c, p, stop + 2)) return 0;
-            if (c->status != 200) note_error(p, (size_t)(end - p));
+            if (c->status != OK) note_error(p, (size_t)(end - p));
             p = stop + 4;
             c->state = c->chunked ? CHUNK_SIZE : BODY;
         } else if (c->state == BODY || c->state == CHUNK_DATA) {
@@ -427,24 +655,37 @@ static double exponential(void) { /* splitmix64, then inversion */
     return -log(((double)(z >> 11) + 0.5) * 0x1p-53);
 }
 
+static int64_t backlog_pop(void) {
+    int64_t due = backlog[backlog_head];
+    backlog_head = (backlog_head + 1) % backlog_cap;
+    backlog_count--;
+    return due;
+}
+
 static void dispatch(int64_t now) {
     static uint32_t turn;
+    while (backlog_count && now - backlog[backlog_head] > patience) {
+        int64_t due = backlog_pop();
+        if (!in_window(due)) continue;
+        unsent++;
+        record(&latency, now - due);
+    }
     for (uint32_t tried = 0; backlog_count && tried < n_connections; tried++) {
         connection *c = &connections[turn];
         turn = turn + 1 == n_connections ? 0 : turn + 1;
-        if (c->fd < 0 || c->in_flight >= depth) continue;
-        int64_t due = backlog[backlog_head];
-        backlog_head = (backlog_head + 1) % backlog_cap;
-        backlog_count--;
-        if (due >= window_start && due < window_end) record(&send_lag, now - due);
-        queue_request(c, due, now);
+        if (c->fd < 0 || c->in_flight + burst > depth) continue;
+        for (uint32_t i = 0; i < burst && backlog_count; i++) {
+            int64_t due = backlog_pop();
+            if (in_window(due)) record(&send_lag, now - due);
+            queue_request(c, due, now);
+        }
         flush_out(c, now);
     }
 }
 
 static void fill(connection *c, int64_t now) {
     if (c->fd < 0) return;
-    while (c->in_flight < depth) queue_request(c, now, now);
+    while (c->in_flight < depth && to_send) queue_request(c, now, now);
     flush_out(c, now);
 }
 
@@ -489,16 +730,24 @@ static double number(const char *name, const char *text, double low) {
 static const char USAGE[] =
     "usage: loadgen --port P [--host 127.0.0.1] [--path /] [--method POST] [--bodies FILE] [--header 'Name: value']\n"
     "               [--connections 64] [--pipeline 1] [--duration 5] [--warmup 0] [--timeout 5] [--cpu N] [--seed 42]\n"
+    "               [--requests N]        closed loop: end after N requests, if --duration does not end first\n"
+    "               [--framed]            bodies stand behind their lengths (4 bytes, little endian), not on lines\n"
+    "               [--body-raw FILE]     the file is one body\n"
+    "               [--request-raw FILE]  the file is one whole request, sent as it is\n"
+    "               [--protocol resp --command 'WORD ...']   Redis protocol: the command, a body as its last argument\n"
     "               [--rate R]            open loop: R Poisson arrivals per second (default: closed loop)\n"
+    "               [--burst 1]           open loop: so many arrive at once, on one connection (at most --pipeline)\n"
+    "               [--deadline-us D]     an answer is good within D of its due time\n"
+    "               [--patience-us P]     open loop: what could not be sent within P of its due time is given up\n"
     "               [--sleep]             open loop: sleep between arrivals (default: spin, for exact send times)\n"
-    "               [--stamp-start S] [--stamp-step S]   event times written over 20 '@' in a body, unix seconds\n"
+    "               [--stamp-start S] [--stamp-step S] [--stamp-unit 1000000]   event times in marks, unix seconds\n"
     "       loadgen --histogram < numbers\n"
     "       loadgen --gaps N --rate R [--seed 42]\n";
 
 int main(int argc, char **argv) {
-    const char *host = "127.0.0.1", *path = "/", *method = NULL, *bodies = NULL;
+    const char *host = "127.0.0.1", *path = "/", *method = NULL, *bodies = NULL, *raw = NULL, *command = "";
     char extra[2048] = "";
-    int port = 0, cpu = -1, spin = 1;
+    int port = 0, cpu = -1, spin = 1, framed = 0, whole = 0;
     double duration = 5, warmup = 0, rate = 0, timeout = 5;
     long gaps = 0;
     for (int i = 1; i < argc; i++) {
@@ -509,12 +758,23 @@ int main(int argc, char **argv) {
             spin = 0;
             continue;
         }
+        if (!strcmp(name, "--framed")) {
+            framed = 1;
+            continue;
+        }
         if (++i == argc) die(USAGE, NULL);
         const char *v = argv[i];
         if (!strcmp(name, "--host")) host = v;
         else if (!strcmp(name, "--path")) path = v;
         else if (!strcmp(name, "--method")) method = v;
         else if (!strcmp(name, "--bodies")) bodies = v;
+        else if (!strcmp(name, "--body-raw")) raw = v;
+        else if (!strcmp(name, "--request-raw")) raw = v, whole = 1;
+        else if (!strcmp(name, "--command")) command = v;
+        else if (!strcmp(name, "--protocol")) {
+            is_resp = !strcmp(v, "resp");
+            if (!is_resp && strcmp(v, "http")) die("--protocol: expected http or resp, got", v);
+        }
         else if (!strcmp(name, "--header")) {
             if (strlen(extra) + strlen(v) + 3 > sizeof extra) die("--header: more than 2047 bytes", NULL);
             strcat(strcat(extra, v), "\r\n");
@@ -530,6 +790,11 @@ int main(int argc, char **argv) {
         else if (!strcmp(name, "--stamp-start")) stamp_next = (int64_t)number(name, v, 0);
         else if (!strcmp(name, "--gaps")) gaps = (long)number(name, v, 1);
         else if (!strcmp(name, "--stamp-step")) stamp_step = (int64_t)number(name, v, 0);
+        else if (!strcmp(name, "--stamp-unit")) stamp_unit = (int64_t)number(name, v, 1);
+        else if (!strcmp(name, "--burst")) burst = (uint32_t)number(name, v, 1);
+        else if (!strcmp(name, "--requests")) to_send = (uint64_t)number(name, v, 1);
+        else if (!strcmp(name, "--deadline-us")) deadline = (int64_t)(1000 * number(name, v, 1));
+        else if (!strcmp(name, "--patience-us")) patience = (int64_t)(1000 * number(name, v, 1));
         else {
             fprintf(stderr, "loadgen: no such option: %s\n%s", name, USAGE);
             return 2;
@@ -544,7 +809,19 @@ int main(int argc, char **argv) {
         if (sched_setaffinity(0, sizeof set, &set)) die("--cpu", strerror(errno));
     }
     is_open = rate > 0;
-    load_requests(bodies, method ? method : bodies ? "POST" : "GET", path, host, port, extra);
+    if (burst > depth) die("--burst: expected at most --pipeline", NULL);
+    if (bodies && raw) die("--bodies and --body-raw or --request-raw: give one", NULL);
+    if (whole) lead_words = -2;
+    else if (is_resp) lead_of_resp(command);
+    else lead_of_http(method ? method : bodies || raw ? "POST" : "GET", path, host, port, extra);
+    if (raw) {
+        size_t n;
+        char *body = read_file(raw, &n);
+        add_request(body, n);
+        free(body);
+    } else {
+        load_requests(bodies, framed);
+    }
 
     char service[16];
     snprintf(service, sizeof service, "%d", port);
@@ -568,18 +845,19 @@ int main(int argc, char **argv) {
     int64_t limit = (int64_t)(timeout * (double)NANO);
     window_start = begin + (int64_t)(warmup * (double)NANO);
     window_end = window_start + (int64_t)(duration * (double)NANO);
-    double gap = is_open ? (double)NANO / rate : 0, arrival = (double)begin;
+    double gap = is_open ? (double)NANO * burst / rate : 0, arrival = (double)begin;
     if (is_open) arrival += exponential() * gap;
     else
         for (uint32_t i = 0; i < n_connections; i++) fill(&connections[i], begin);
 
     for (;;) {
         now = now_ns();
-        int sending = now < window_end;
+        int sending = now < window_end && to_send;
         if (!sending && ((!waiting_for_answer && !backlog_count) || now > window_end + limit)) break;
         if (is_open) {
             while ((int64_t)arrival <= now && (int64_t)arrival < window_end) {
-                backlog_push((int64_t)arrival);
+                for (uint32_t i = 0; i < burst; i++) backlog_push((int64_t)arrival);
+                if (in_window((int64_t)arrival)) offered += burst;
                 arrival += exponential() * gap;
             }
             if (backlog_count) dispatch(now);
@@ -600,7 +878,7 @@ int main(int argc, char **argv) {
         }
         if (now >= next_check) {
             next_check = now + 20 * 1000000LL;
-            sending = now < window_end;
+            sending = now < window_end && to_send;
             for (uint32_t i = 0; i < n_connections; i++) {
                 connection *c = &connections[i];
                 if (c->fd < 0 && now >= c->retry_at) {
@@ -616,19 +894,20 @@ int main(int argc, char **argv) {
             }
         }
     }
-    /* What is still unanswered counts as timed out, at its age. */
-    err_timeout += waiting_for_answer + backlog_count;
-    for (uint32_t i = 0; i < n_connections; i++) {
-        connection *c = &connections[i];
-        for (uint32_t k = 0; is_open && c->fd >= 0 && k < c->in_flight; k++) {
-            int64_t due = c->due[(c->head + k) % depth];
-            if (due >= window_start && due < window_end) record(&latency, now - due);
-        }
+    /* What is still unanswered counts as timed out, at its age; what was not sent, as --patience-us says. */
+    int64_t ended = now_ns();
+    err_timeout += waiting_for_answer;
+    for (uint32_t i = 0; i < n_connections; i++)
+        if (connections[i].fd >= 0) give_up(&connections[i], now);
+    if (patience == INT64_MAX) err_timeout += backlog_count;
+    while (backlog_count) {
+        int64_t due = backlog_pop();
+        if (!in_window(due)) continue;
+        record(&latency, now - due);
+        if (patience == INT64_MAX) failed++;
+        else unsent++;
     }
-    for (; backlog_count; backlog_count--, backlog_head = (backlog_head + 1) % backlog_cap) {
-        int64_t due = backlog[backlog_head];
-        if (due >= window_start && due < window_end) record(&latency, now - due);
-    }
+    if (!to_send && ended < window_end) duration = fmax(1e-9, (double)(ended - window_start) / (double)NANO);
 
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
@@ -639,10 +918,18 @@ int main(int argc, char **argv) {
     if (is_open) printf("%.3f, ", rate);
     else printf("null, ");
     printf("\"connections\": %u, \"pipeline\": %u, \"requests\": %llu, \"seconds\": %.3f, \"requests_per_s\": %.3f, ",
-           n_connections, depth, (unsigned long long)ok_in_window, duration,
-           duration > 0 ? (double)ok_in_window / duration : 0.0);
+           n_connections, depth, (unsigned long long)(good + late), duration,
+           duration > 0 ? (double)(good + late) / duration : 0.0);
     print_histogram(&latency, 1000.0);
     print_number("send_lag_p99_us", quantile(&send_lag, 0.99) / 1000.0);
+    print_number("ok_p50_us", quantile(&ok_latency, 0.50) / 1000.0);
+    print_number("ok_p99_us", quantile(&ok_latency, 0.99) / 1000.0);
+    print_number("ok_p999_us", quantile(&ok_latency, 0.999) / 1000.0);
+    printf("\"offered\": %llu, \"good\": %llu, \"good_per_s\": %.3f, \"late\": %llu, \"refused\": %llu, \"failed\": %llu, "
+           "\"unsent\": %llu, ",
+           (unsigned long long)(is_open ? offered : good + late + refused + failed), (unsigned long long)good,
+           duration > 0 ? (double)good / duration : 0.0, (unsigned long long)late, (unsigned long long)refused,
+           (unsigned long long)failed, (unsigned long long)unsent);
     printf("\"total_requests\": %llu, \"response_bytes_mean\": %.2f, \"client_cpu_s\": %.3f, \"next_stamp\": %lld, ",
            (unsigned long long)answers, answers ? (double)bytes_in / (double)answers : 0.0, cpu_s,
            (long long)stamp_next);
