@@ -9,6 +9,44 @@ from penstock._ext.steps cimport KeyRef, ModelRun, Pipe, PipeC, Read, RowKeys, R
 from penstock._ext.windows cimport ps_arena, ps_event, ps_handle
 
 
+# What is known of an event between its start and its conclusion.
+ctypedef struct Start:
+    int64_t now
+    int mode                  # as advance() takes it
+
+
+# A block as run_block() is given it.
+ctypedef struct BlockParts:
+    void *block
+    void *core
+    void *rows
+
+
+cdef class Core
+
+
+cdef class Block:
+    cdef:
+        BlockParts parts
+        Rows rows
+        Start *starts
+        int *which            # rows whose models are to run: all
+        int n
+        list answers          # per event: Decision, exception, or None while its models have not run
+        list ids
+        dict errors
+        Pipe pipe
+        Core core
+        bint ingest
+        bint explain
+        PipeC c               # of begin_apart: the models as they were
+        bint own_models
+        object keep
+
+
+cdef void run_block(void *arg) noexcept nogil
+
+
 cdef class Core:
     cdef:
         readonly list sources
@@ -18,6 +56,8 @@ cdef class Core:
         Rows single
         ps_arena spare            # strings of an event that a read is asked to count in
         bytes constants
+        object started_id         # the event id that start() read
+        set under_way             # ids of events that were started and not concluded
         IdSource ids
         int64_t last_now
         int64_t sequence
@@ -59,6 +99,15 @@ cdef class Core:
     cdef void hash_keys(self, int n_keys, Read *reads, int n_reads, SourceC *source, RowKeys *keys) noexcept nogil
     cdef int validate(self, Source source, list events) except -1
     cdef int ingest_one(self, Source source, object event) except -1
+    cdef Decision start(self, Pipe pipe, Rows rows, int row, object event, bint ingest, Start *start)
+    cdef Decision conclude(self, Pipe pipe, Rows rows, int row, const Start *start, object id, object error, bint ingest,
+                           bint explain)
+    cdef Py_ssize_t start_block(self, Pipe pipe, Block block, list events, Py_ssize_t at) except -1
+    cdef list conclude_block(self, Pipe pipe, Block block)
+    cdef Block new_block(self, Pipe pipe, int rows, bint ingest, bint explain)
+    cdef list score_together(self, Pipe pipe, list events, bint ingest, bint explain)
+    cdef Block begin_apart(self, Pipe pipe, list events, bint ingest, bint explain)
+    cdef list end_apart(self, Block block)
     cdef Decision score_one(self, Pipe pipe, object event, bint ingest, bint explain)
     cpdef Decision score(self, Py_ssize_t pipeline, object event, bint ingest=*, bint explain=*)
     cpdef list score_many(self, Py_ssize_t pipeline, list events, bint ingest=*, bint explain=*)

@@ -15,7 +15,7 @@ from libc.string cimport memcpy, memset
 import os
 import weakref
 
-from penstock.errors import EngineError, EventError, LogError, ReplayNeeded, ScoringError
+from penstock.errors import EngineError, EventError, InProgress, LogError, ReplayNeeded, ScoringError
 
 from penstock._ext.decision cimport (
     OUTCOME_APPLIED, OUTCOME_DUPLICATE, OUTCOME_LATE, OUTCOME_OFF, OUTCOME_QUARANTINED, N_OUTCOMES, slot_value,
@@ -54,6 +54,7 @@ cdef extern from "time.h" nogil:
     int CLOCK_REALTIME
 
 cdef enum:
+    BLOCK_ROWS = 32           # events that are scored together
     SWEEP_EVERY = 64          # applied events between two sweeps,
     SWEEP_CREATED = 16        # or new entities
     SWEEP_ENTITIES = 4        # released per sweep at the most, beside twice the new ones
@@ -83,6 +84,31 @@ def _after_fork_child():
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_parent, after_in_child=_after_fork_child)
+
+
+@cython.final
+@cython.no_gc
+cdef class Block:
+    """Events of one pipeline between their start and their conclusion."""
+
+    def __dealloc__(self):
+        free(self.starts)
+        free(self.which)
+        if self.own_models:
+            free(self.c.models)
+
+
+cdef void run_models_of(Block block, Core core, Rows rows) noexcept nogil:
+    core.run_models(&block.c, rows, block.which, block.n)
+
+
+ctypedef void (*unheld_call)(void *block, void *core, void *rows) noexcept nogil
+
+
+cdef void run_block(void *arg) noexcept nogil:
+    """The models of a block from begin_apart (its `parts`); any thread, and no object is counted on the way."""
+    cdef BlockParts *parts = <BlockParts *>arg
+    (<unheld_call>run_models_of)(parts.block, parts.core, parts.rows)
 
 
 @cython.final
@@ -667,8 +693,6 @@ cdef class Core:
             score = NAN
             if verdict.failed < 0:
                 verdict.failed = <int16_t>(pipe.n_functions + m)
-        if verdict.counted:
-            pipe.model_counts[run.index] += 1
         slots[run.slot].f = score
         status[run.slot] = PS_NULL_VALUE if isnan(score) else PS_PRESENT
         if run.decides:
@@ -695,6 +719,10 @@ cdef class Core:
                         decided = True
         if not verdict.counted:
             return
+        for i in range(pipe.n_models):
+            if (pipe.models[i].guard_experiment < 0
+                    or verdict.arms[pipe.models[i].guard_experiment] == pipe.models[i].guard_arm):
+                pipe.model_counts[pipe.models[i].index] += 1
         pipe.action_counts[verdict.action] += 1
         for i in range(pipe.n_assigns):
             pipe.arm_counts[i * (MAX_ARMS + 1) + (verdict.arms[i] if verdict.arms[i] >= 0 else MAX_ARMS)] += 1
@@ -737,24 +765,29 @@ cdef class Core:
             return slot.i
         return slot_value(slot, PS_PRESENT, "string", arena.data)
 
-    cdef Decision score_one(self, Pipe pipe, object event, bint ingest, bint explain):
-        """Validate, look the id up, read, apply, read, compute, decide (SEMANTICS, one step). Called inside enter()."""
-        cdef Rows rows = self.single
+    cdef Decision start(self, Pipe pipe, Rows rows, int row, object event, bint ingest, Start *start):
+        """Validate, look the id up, log, read, apply, read, functions, assignment (SEMANTICS, one step): all but the
+        models and what follows them. Returns the first decision on an event that is repeated, else None."""
         cdef Source source = pipe.source
-        cdef int mode = ingest
-        cdef int which = 0
+        cdef ps_slot *slots = rows.slots + row * rows.width
+        cdef uint8_t *status = rows.status + row * rows.width
+        cdef RowKeys *keys = rows.keys + row
         cdef int code
-        cdef int64_t now
         cdef object id = None
         cdef dict home = None
         cdef Decision decision
         cdef Verdict verdict
+        start.mode = ingest
+        self.started_id = None
         if ingest:
             self.check_open()
-        rows.arena.used = <uint32_t>PyBytes_GET_SIZE(self.constants)
-        source.reader.read_object(event, rows.slots, rows.status, &rows.arena, "")
+        if row == 0:
+            rows.arena.used = <uint32_t>PyBytes_GET_SIZE(self.constants)
+        source.reader.read_object(event, slots, status, &rows.arena, "")
         if source.has_id:
-            id = self.id_of(source, rows.slots, &rows.arena)
+            id = self.id_of(source, slots, &rows.arena)
+            if self.under_way is not None and id in self.under_way:
+                raise InProgress(f"the event with this {source.reader.names[source.reader.id_field]} is being scored; ask again")
             home = source.home_of(id)
             if home is not None:
                 known = home[id]
@@ -771,37 +804,200 @@ cdef class Core:
                     answer.row = decision.row
                     answer.strings = decision.strings
                     return answer
-                mode = -1 if ingest else -2
-        now = self.now()
-        rows.keys.ingest_time = rows.slots[source.c.time].i if self.event_clock else now
-        self.prepare_keys(pipe.c.keys, pipe.c.n_keys, rows.slots, &rows.arena, rows.keys)
-        self.hash_keys(pipe.c.n_keys, pipe.c.reads, pipe.c.n_reads, &source.c, rows.keys)
-        code = self.advance(&source.c, &pipe.c, <void *>pipe, rows.slots, rows.status, &rows.arena, rows.keys, mode,
-                            rows.verdicts)
+                start.mode = -1 if ingest else -2
+            self.started_id = id
+        start.now = self.now()
+        keys.ingest_time = slots[source.c.time].i if self.event_clock else start.now
+        self.prepare_keys(pipe.c.keys, pipe.c.n_keys, slots, &rows.arena, keys)
+        self.hash_keys(pipe.c.n_keys, pipe.c.reads, pipe.c.n_reads, &source.c, keys)
+        code = self.advance(&source.c, &pipe.c, <void *>pipe, slots, status, &rows.arena, keys, start.mode, rows.verdicts + row)
         if code != 0:
-            if code == UNSCORED and id is not None and mode == 1:
+            if code == UNSCORED and id is not None and start.mode == 1:
                 source.seen[id] = None
-            if code == UNSCORED and mode == 1:
+            if code == UNSCORED and start.mode == 1:
                 raise EngineError("out of memory: the event was ingested, not scored")
             raise self.not_ingested(code, "the event was not ingested")
-        self.run_models(&pipe.c, rows, &which, 1)
-        self.decide(&pipe.c, rows.slots, rows.status, &rows.arena, rows.verdicts)
+        return None
+
+    cdef Decision conclude(self, Pipe pipe, Rows rows, int row, const Start *start, object id, object error, bint ingest,
+                           bint explain):
+        """Rules, the decision, its record, its id's memory: what follows the models. error: what a function raised."""
+        cdef Source source = pipe.source
+        cdef Verdict *verdict = rows.verdicts + row
+        cdef Decision decision
+        cdef dict home
+        self.decide(&pipe.c, rows.slots + row * rows.width, rows.status + row * rows.width, &rows.arena, verdict)
         self.sweep(&source.c)
-        decision = self.finish(pipe, rows, 0, now, explain)
-        failed = rows.verdicts.failed >= 0 and pipe.c.fallback < 0
+        decision = self.finish(pipe, rows, row, start.now, explain)
+        failed = verdict.failed >= 0 and pipe.c.fallback < 0
         if id is not None and ingest:
+            home = source.home_of(id)
             if home is None:
                 source.turn_over(source.c.watermark)
                 home = source.seen
             # An error is no decision: asked again, the event is scored again, but not applied again.
             home[id] = None if failed else decision
         if failed:
-            error, pipe.error = pipe.error, None
-            text = pipe.texts.failures[rows.verdicts.failed]
+            text = pipe.texts.failures[verdict.failed]
             if error is not None:
                 text += f": {type(error).__name__}: {error}"
-            raise ScoringError(text, rows.verdicts.outcome == OUTCOME_APPLIED or mode == -1) from error
+            raise ScoringError(text, verdict.outcome == OUTCOME_APPLIED or start.mode == -1) from error
         return decision
+
+    cdef Decision score_one(self, Pipe pipe, object event, bint ingest, bint explain):
+        """One event from start to conclusion. Called inside enter()."""
+        cdef Rows rows = self.single
+        cdef Start start
+        cdef int which = 0
+        cdef Decision known = self.start(pipe, rows, 0, event, ingest, &start)
+        if known is not None:
+            return known
+        self.run_models(&pipe.c, rows, &which, 1)
+        error = None
+        if rows.verdicts.failed >= 0:
+            error, pipe.error = pipe.error, None
+        return self.conclude(pipe, rows, 0, &start, self.started_id, error, ingest, explain)
+
+    # events that are scored together
+
+    cdef Py_ssize_t start_block(self, Pipe pipe, Block block, list events, Py_ssize_t at) except -1:
+        """Start events[at:] until the block is full, or one repeats the id of another in it. Returns where it stopped;
+        block.answers holds for each a Decision, an exception, or None where the models are to run."""
+        cdef Start start
+        cdef Py_ssize_t n = len(events)
+        cdef Decision known
+        block.n = 0
+        block.answers = []
+        block.ids = [] if pipe.source.has_id else None
+        block.errors = None
+        while at < n and len(block.answers) < BLOCK_ROWS:
+            try:
+                known = self.start(pipe, block.rows, block.n, events[at], block.ingest, &start)
+            except InProgress as error:
+                if block.ids is not None and block.n:
+                    return at                          # of an event of this block: first conclude it
+                block.answers.append(error)
+            except Exception as error:
+                block.answers.append(error)
+            else:
+                block.answers.append(known)
+                if known is None:
+                    block.starts[block.n] = start
+                    block.which[block.n] = block.n
+                    if block.ids is not None:
+                        id = self.started_id
+                        block.ids.append(id)
+                        if self.under_way is None:
+                            self.under_way = set()
+                        self.under_way.add(id[0] if isinstance(id, tuple) else id)
+                    if block.rows.verdicts[block.n].failed >= 0 and pipe.error is not None:
+                        if block.errors is None:
+                            block.errors = {}
+                        block.errors[block.n] = pipe.error
+                        pipe.error = None
+                    block.n += 1
+            at += 1
+        return at
+
+    cdef list conclude_block(self, Pipe pipe, Block block):
+        """After the models: a Decision or an exception per event of the block."""
+        cdef Py_ssize_t i
+        cdef int row = 0
+        cdef list answers = block.answers
+        for i in range(len(answers)):
+            if answers[i] is not None:
+                continue
+            id = None
+            if block.ids is not None:
+                id = block.ids[row]
+                self.under_way.discard(id[0] if isinstance(id, tuple) else id)
+            try:
+                answers[i] = self.conclude(pipe, block.rows, row, &block.starts[row], id,
+                                           None if block.errors is None else block.errors.get(row),
+                                           block.ingest, block.explain)
+            except Exception as error:
+                answers[i] = error
+            row += 1
+        return answers
+
+    cdef Block new_block(self, Pipe pipe, int rows, bint ingest, bint explain):
+        cdef Block block = Block.__new__(Block)
+        inputs, outputs = pipe.widths
+        block.rows = Rows(rows, max(pipe.c.n_slots, pipe.source.c.n_fields), inputs, outputs, self.constants)
+        block.starts = <Start *>checked(rows, sizeof(Start))
+        block.which = <int *>checked(rows, sizeof(int))
+        block.pipe = pipe
+        block.core = self
+        block.ingest = ingest
+        block.explain = explain
+        return block
+
+    cdef list score_together(self, Pipe pipe, list events, bint ingest, bint explain):
+        """Score events that stand for themselves, in order, their models in one call: for each its Decision, or the
+        exception that it raises alone. With `fsync always` the caller waits for the log."""
+        cdef Py_ssize_t at = 0
+        cdef list answers = []
+        cdef Block block
+        self.enter()
+        try:
+            if pipe.block is None:
+                pipe.block = self.new_block(pipe, BLOCK_ROWS, ingest, explain)
+            block = <Block>pipe.block
+            block.ingest = ingest
+            block.explain = explain
+            while at < len(events):
+                at = self.start_block(pipe, block, events, at)
+                if block.n:
+                    self.run_models(&pipe.c, block.rows, block.which, block.n)
+                if at == len(events) and not answers:
+                    answers = self.conclude_block(pipe, block)
+                else:
+                    answers.extend(self.conclude_block(pipe, block))
+            block.answers = None
+        finally:
+            self.leave()
+        return answers
+
+    def score_apart(self, Py_ssize_t pipeline, list events, bint ingest=True, bint explain=False):
+        """score_together for callers outside: a Decision or an exception per event."""
+        answers = self.score_together(<Pipe>self.pipes[pipeline], events, ingest, explain)
+        self.wait_for_log()
+        return answers
+
+    # events whose models run outside the engine
+
+    cdef Block begin_apart(self, Pipe pipe, list events, bint ingest, bint explain):
+        """Start events, at most BLOCK_ROWS, and leave their models to whoever calls run_block(), from any thread, once.
+        Then end_apart() concludes them. Between the two other events may come."""
+        cdef Block block
+        cdef int i
+        self.enter()
+        try:
+            block = self.new_block(pipe, max(1, len(events)), ingest, explain)
+            if self.start_block(pipe, block, events, 0) < len(events):
+                # Two of them have the same id: the second is asked again, and is told the first's decision.
+                while len(block.answers) < len(events):
+                    block.answers.append(InProgress("an event of this request repeats another's id; ask again"))
+            # The models of now: a swap meanwhile leaves them alone.
+            block.keep = list(pipe.keep)
+            block.c = pipe.c
+            block.c.models = <ModelRun *>checked(max(1, pipe.c.n_models), sizeof(ModelRun))
+            for i in range(pipe.c.n_models):
+                block.c.models[i] = pipe.c.models[i]
+            block.own_models = True
+            block.parts.block = <void *>block
+            block.parts.core = <void *>self
+            block.parts.rows = <void *>block.rows
+        finally:
+            self.leave()
+        return block
+
+    cdef list end_apart(self, Block block):
+        self.enter()
+        try:
+            return self.conclude_block(block.pipe, block)
+        finally:
+            self.leave()
 
     cdef void hash_keys(self, int n_keys, Read *reads, int n_reads, SourceC *source, RowKeys *keys) noexcept nogil:
         """One hash per key: every store uses the same function."""

@@ -177,6 +177,7 @@ cdef class Pipe:
         tuple python_functions
         tuple slot_types
         object error              # what a Python function raised last
+        object block              # of core.pyx: memory for events that are scored together
         list keep
 
 

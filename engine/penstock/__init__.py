@@ -19,7 +19,16 @@ from .definitions import (
     by_arm,
     on_demand_feature_view,
 )
-from .errors import DefinitionError, EngineError, EventError, LogError, PenstockError, ReplayNeeded, ScoringError
+from .errors import (
+    DefinitionError,
+    EngineError,
+    EventError,
+    InProgress,
+    LogError,
+    PenstockError,
+    ReplayNeeded,
+    ScoringError,
+)
 from .timestamp import Timestamp
 
 if TYPE_CHECKING:
@@ -47,6 +56,7 @@ __all__ = [
     "FeatureRows",
     "FeatureTable",
     "FeatureView",
+    "InProgress",
     "Lifetime",
     "LogError",
     "LogOptions",

@@ -6,6 +6,7 @@ __all__ = [
     "DefinitionError",
     "EngineError",
     "EventError",
+    "InProgress",
     "LogError",
     "PenstockError",
     "ReplayNeeded",
@@ -48,6 +49,10 @@ class ScoringError(PenstockError, RuntimeError):
 
 class EngineError(PenstockError, RuntimeError):
     """The engine cannot be used as asked: after a fork, from inside its own functions, or out of memory."""
+
+
+class InProgress(EngineError):
+    """An event with this id is being scored just now; asked again a moment later, its decision is there (S16)."""
 
 
 class LogError(PenstockError, RuntimeError):
