@@ -44,6 +44,13 @@ cdef class DecisionTexts:
         tuple json_models
         tuple json_arms                # one tuple per experiment: `"challenger":"tree"`, and null last
         tuple json_failures
+        tuple pack_actions             # the same as MessagePack
+        tuple pack_reasons
+        tuple pack_models
+        tuple pack_arms
+        tuple pack_failures
+        Py_ssize_t json_room           # bytes that write_json, write_msgpack take at the most
+        Py_ssize_t pack_room
         dict reasons_of                # mask -> tuple
 
 
@@ -57,7 +64,11 @@ cdef class Decision:
 
     @staticmethod
     cdef Decision new(DecisionTexts texts, const char *id, const Verdict *verdict)
+    cdef Py_ssize_t write_json(self, char *out) noexcept
+    cdef Py_ssize_t write_msgpack(self, char *out) noexcept
+    cdef bytes _text(self, bint explain, bint packed)
     cpdef bytes json(self, bint explain=*)
+    cpdef bytes msgpack(self, bint explain=*)
 
 
 cdef class IdSource:

@@ -5,7 +5,7 @@ What must stay true: a Decision holds no container of its own, so the garbage co
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from cpython.mem cimport PyMem_Free
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.math cimport isfinite
 from libc.string cimport memcpy
 
@@ -19,13 +19,38 @@ from penstock._ext.row cimport (
     PS_AGED, PS_BOOL, PS_FLOAT64, PS_INT64, PS_PRESENT, PS_STRING, PS_STR_LENGTH, PS_STR_OFFSET, PS_TIMESTAMP, PS_WIDE,
 )
 
-cdef extern from "Python.h":
-    char *PyOS_double_to_string(double value, char format, int precision, int flags, int *kind) except NULL
+cdef extern from "shortest.h" nogil:
+    enum:
+        PS_POWER_MIN
+        PS_POWER_MAX
+        PS_SHORTEST_ROOM
+    void ps_shortest_set(int k, uint64_t high, uint64_t low)
+    int ps_shortest(double value, char *out)
+
+cdef extern from *:
+    int popcount "__builtin_popcountll" (unsigned long long) nogil
+
+
+def _make_powers():
+    """10^k as shortest.h wants it: 128 bits, the highest one set, rounded up."""
+    for k in range(PS_POWER_MIN, PS_POWER_MAX + 1):
+        power = 10 ** abs(k)
+        if k >= 0:
+            shift = power.bit_length() - 128
+            scaled = -(-power >> shift) if shift > 0 else power << -shift
+        else:
+            # 10^k is no power of two: the quotient is never whole, one more is the rounding up.
+            scaled = (1 << (127 + power.bit_length())) // power + 1
+        ps_shortest_set(k, scaled >> 64, scaled & 0xFFFFFFFFFFFFFFFF)
+
+
+_make_powers()
 
 OUTCOMES = ("off", "applied", "duplicate", "late", "quarantined")
 STATUSES = ("INVALID", "PRESENT", "NULL_VALUE", "NOT_FOUND", "OUTSIDE_MAX_AGE")
 cdef tuple _OUTCOMES = OUTCOMES
 cdef tuple _JSON_OUTCOMES = tuple(f',"outcome":"{o}"}}'.encode() for o in OUTCOMES)
+cdef tuple _PACK_OUTCOMES = tuple(b"\xa7outcome" + msgspec.msgpack.encode(o) for o in OUTCOMES)
 cdef const char *BASE32 = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
@@ -78,6 +103,12 @@ cdef class IdSource:
         return out[:26].decode()
 
 
+def _room(actions, reasons, failures, models, arms):
+    """Bytes that a decision of these words takes at the most."""
+    longest = [max((len(word) for word in words), default=0) for words in (actions, failures, models, *arms)]
+    return 160 + PS_SHORTEST_ROOM + sum(longest) + sum(len(r) for r in reasons) + len(reasons) + len(arms)
+
+
 cdef class DecisionTexts:
     def __cinit__(self, *, pipeline, actions, reasons, models, experiments, arms, failures, features, fallback):
         self.pipeline = pipeline
@@ -99,6 +130,16 @@ cdef class DecisionTexts:
             tuple(encode(name) + b":" + encode(arm) for arm in (*names, None))
             for name, names in zip(self.experiments, self.arms)
         )
+        pack = msgspec.msgpack.encode
+        self.pack_actions = tuple(b"\xa6action" + pack(a) + b"\xa5score" for a in self.actions)
+        self.pack_reasons = tuple(pack(r) for r in self.reasons)
+        self.pack_failures = tuple(pack(f) for f in self.failures)
+        self.pack_models = tuple(
+            b"\xa5model" + pack(n) + b"\xadmodel_version" + pack(v) for n, v in (*self.models, (None, None)))
+        self.pack_arms = tuple(
+            tuple(pack(name) + pack(arm) for arm in (*names, None)) for name, names in zip(self.experiments, self.arms))
+        self.json_room = _room(self.json_actions, self.json_reasons, self.json_failures, self.json_models, self.json_arms)
+        self.pack_room = _room(self.pack_actions, self.pack_reasons, self.pack_failures, self.pack_models, self.pack_arms)
         self.reasons_of = {0: ()}
 
     def reasons_for(self, uint64_t fired, int failed=-1):
@@ -197,72 +238,121 @@ cdef class Decision:
                           "OUTSIDE_MAX_AGE" if status[<int>index] & PS_AGED else STATUSES[status[<int>index] & 7]))
         return found
 
+    cdef Py_ssize_t write_json(self, char *out) noexcept:
+        """The JSON form, not explained, into `texts.json_room` bytes. Returns how many it took."""
+        cdef DecisionTexts t = self.texts
+        cdef char *p = out
+        cdef Py_ssize_t i
+        cdef uint64_t fired = self.verdict.fired
+        cdef tuple words
+        memcpy(p, b'{"id":"', 7)
+        memcpy(p + 7, self._id, 26)
+        p = copied(p + 33, <bytes>t.json_actions[self.verdict.action])
+        if self.verdict.has_score:
+            p += ps_shortest(self.verdict.score, p)
+        else:
+            memcpy(p, b"null", 4)
+            p += 4
+        memcpy(p, b',"reasons":[', 12)
+        p += 12
+        i = 0
+        while fired:
+            if fired & 1:
+                p = copied(p, <bytes>t.json_reasons[i])
+                p[0] = b","
+                p += 1
+            fired >>= 1
+            i += 1
+        if self.verdict.failed >= 0:
+            p = copied(p, <bytes>t.json_failures[self.verdict.failed])
+        elif self.verdict.fired:
+            p -= 1
+        p[0] = b"]"
+        p = copied(p + 1, <bytes>t.json_models[self.verdict.model if self.verdict.model >= 0 else len(t.models)])
+        memcpy(p, b',"arms":{', 9)
+        p += 9
+        for i in range(len(t.json_arms)):
+            if i:
+                p[0] = b","
+                p += 1
+            words = <tuple>t.json_arms[i]
+            p = copied(p, <bytes>words[self.verdict.arms[i] if self.verdict.arms[i] >= 0 else len(words) - 1])
+        p[0] = b"}"
+        p = copied(p + 1, <bytes>_JSON_OUTCOMES[self.verdict.outcome])
+        return p - out
+
+    cdef Py_ssize_t write_msgpack(self, char *out) noexcept:
+        """The MessagePack form, not explained, into `texts.pack_room` bytes. Returns how many it took."""
+        cdef DecisionTexts t = self.texts
+        cdef char *p = out
+        cdef Py_ssize_t i, n
+        cdef uint64_t fired = self.verdict.fired
+        cdef tuple words
+        memcpy(p, b"\x88\xa2id\xba", 5)
+        memcpy(p + 5, self._id, 26)
+        p = copied(p + 31, <bytes>t.pack_actions[self.verdict.action])
+        p += pack_number(p, self.verdict.score, self.verdict.has_score)
+        memcpy(p, b"\xa7reasons", 8)
+        p += 8
+        n = popcount(fired) + (self.verdict.failed >= 0)
+        if n < 16:
+            p[0] = <char>(0x90 | n)
+            p += 1
+        else:
+            p[0] = <char>0xdc
+            p[1] = 0
+            p[2] = <char>n
+            p += 3
+        i = 0
+        while fired:
+            if fired & 1:
+                p = copied(p, <bytes>t.pack_reasons[i])
+            fired >>= 1
+            i += 1
+        if self.verdict.failed >= 0:
+            p = copied(p, <bytes>t.pack_failures[self.verdict.failed])
+        p = copied(p, <bytes>t.pack_models[self.verdict.model if self.verdict.model >= 0 else len(t.models)])
+        memcpy(p, b"\xa4arms", 5)
+        p[5] = <char>(0x80 | len(t.pack_arms))
+        p += 6
+        for i in range(len(t.pack_arms)):
+            words = <tuple>t.pack_arms[i]
+            p = copied(p, <bytes>words[self.verdict.arms[i] if self.verdict.arms[i] >= 0 else len(words) - 1])
+        p = copied(p, <bytes>_PACK_OUTCOMES[self.verdict.outcome])
+        return p - out
+
     cpdef bytes json(self, bint explain=False):
         """The decision as a JSON object, UTF-8. With `explain`, the features too where they were kept."""
-        cdef char buffer[1024]
-        cdef bytes part
-        cdef Py_ssize_t used = 0
-        cdef DecisionTexts t = self.texts
-        cdef int i, kind
-        cdef char *number
-        cdef uint64_t fired = self.verdict.fired
-        cdef Py_ssize_t size
-        if (fired or self.verdict.failed >= 0 or explain or len(t.experiments) > 2):
-            return self._json_slowly(explain)
-        memcpy(buffer, b'{"id":"', 7)
-        memcpy(buffer + 7, self._id, 26)
-        used = 33
-        part = <bytes>t.json_actions[self.verdict.action]
-        if PyBytes_GET_SIZE(part) > 256:
-            return self._json_slowly(explain)
-        memcpy(buffer + used, PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part))
-        used += PyBytes_GET_SIZE(part)
-        used += write_number(buffer + used, self.verdict.score, self.verdict.has_score)
-        memcpy(buffer + used, b',"reasons":[]', 13)
-        used += 13
-        part = <bytes>t.json_models[self.verdict.model if self.verdict.model >= 0 else len(t.models)]
-        if PyBytes_GET_SIZE(part) > 256:
-            return self._json_slowly(explain)
-        memcpy(buffer + used, PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part))
-        used += PyBytes_GET_SIZE(part)
-        memcpy(buffer + used, b',"arms":{', 9)
-        used += 9
-        for i in range(len(t.experiments)):
-            if i:
-                buffer[used] = b","
-                used += 1
-            arms = <tuple>t.json_arms[i]
-            part = <bytes>arms[self.verdict.arms[i] if self.verdict.arms[i] >= 0 else len(arms) - 1]
-            if PyBytes_GET_SIZE(part) > 128:
-                return self._json_slowly(explain)
-            memcpy(buffer + used, PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part))
-            used += PyBytes_GET_SIZE(part)
-        buffer[used] = b"}"
-        used += 1
-        part = <bytes>_JSON_OUTCOMES[self.verdict.outcome]
-        memcpy(buffer + used, PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part))
-        used += PyBytes_GET_SIZE(part)
-        return buffer[:used]
+        return self._text(explain, False)
 
-    def _json_slowly(self, explain):
-        cdef DecisionTexts t = self.texts
-        cdef int i
-        cdef char number[40]
-        cdef int size = write_number(number, self.verdict.score, self.verdict.has_score)
-        reasons = [r for i, r in enumerate(t.json_reasons) if self.verdict.fired >> i & 1]
-        if self.verdict.failed >= 0:
-            reasons.append(t.json_failures[self.verdict.failed])
-        arms = [a[self.verdict.arms[i]] if self.verdict.arms[i] >= 0 else a[len(a) - 1] for i, a in enumerate(t.json_arms)]
-        parts = [
-            b'{"id":"', self._id[:26], t.json_actions[self.verdict.action], number[:size], b',"reasons":[',
-            b",".join(reasons), b"]", t.json_models[self.verdict.model if self.verdict.model >= 0 else len(t.models)],
-            b',"arms":{', b",".join(arms), b"}",
-        ]
-        if explain and self.row is not None:
-            features = {n: v.isoformat() if type(v) is Timestamp else v for n, v in self.features.items()}
-            parts += [b',"features":', msgspec.json.encode(features), b',"statuses":', msgspec.json.encode(self.statuses)]
-        parts.append(_JSON_OUTCOMES[self.verdict.outcome])
-        return b"".join(parts)
+    cpdef bytes msgpack(self, bint explain=False):
+        """The decision as a MessagePack map: the same keys and values as json()."""
+        return self._text(explain, True)
+
+    cdef bytes _text(self, bint explain, bint packed):
+        cdef char small[1024]
+        cdef char *out = small
+        cdef Py_ssize_t room = self.texts.pack_room if packed else self.texts.json_room
+        cdef bytes text
+        if room > <Py_ssize_t>sizeof(small):
+            out = <char *>PyMem_Malloc(room)
+            if out == NULL:
+                raise MemoryError()
+        text = out[:self.write_msgpack(out) if packed else self.write_json(out)]
+        if out != small:
+            PyMem_Free(out)
+        if not explain or self.row is None:
+            return text
+        outcome = <bytes>(_PACK_OUTCOMES if packed else _JSON_OUTCOMES)[self.verdict.outcome]
+        text = text[:len(text) - len(outcome)]
+        features = {n: v.isoformat() if type(v) is Timestamp else v for n, v in self.features.items()}
+        if not packed:
+            encode = msgspec.json.encode
+            return b"".join((text, b',"features":', encode(features), b',"statuses":', encode(self.statuses), outcome))
+        encode = msgspec.msgpack.encode
+        # JSON knows no infinities: there they are null, as here.
+        features = {n: None if type(v) is float and not isfinite(v) else v for n, v in features.items()}
+        return b"".join((b"\x8a", text[1:], b"\xa8features", encode(features), b"\xa8statuses", encode(self.statuses), outcome))
 
     def __repr__(self):
         shown = {k: getattr(self, k) for k in ("id", "action", "score", "reasons", "model", "model_version", "arms", "outcome")}
@@ -273,19 +363,28 @@ cdef class Decision:
         return msgspec.json.decode(self.json(self.row is not None))
 
 
-cdef int write_number(char *out, double value, bint present) except -1:
-    """The shortest decimal that reads back as the same double; null where there is none."""
-    cdef char *text
-    cdef int size = 0
+cdef inline char *copied(char *p, bytes part) noexcept:
+    memcpy(p, PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part))
+    return p + PyBytes_GET_SIZE(part)
+
+
+cdef inline int pack_number(char *out, double value, bint present) noexcept:
+    cdef uint64_t bits
+    cdef int i
     if not present or not isfinite(value):
-        memcpy(out, b"null", 4)
-        return 4
-    text = PyOS_double_to_string(value, b"r", 0, 2, NULL)
-    while text[size]:
-        out[size] = text[size]
-        size += 1
-    PyMem_Free(text)
-    return size
+        out[0] = <char>0xc0
+        return 1
+    memcpy(&bits, &value, 8)
+    out[0] = <char>0xcb
+    for i in range(8):
+        out[1 + i] = <char>(bits >> (56 - 8 * i) & 255)
+    return 9
+
+
+def shortest(double value):
+    """repr(value) as bytes, `null` for what is not finite: for the tests of shortest.h."""
+    cdef char text[PS_SHORTEST_ROOM]
+    return text[:ps_shortest(value, text)]
 
 
 cdef object slot_value(ps_slot slot, uint8_t status, str type, const char *strings):
