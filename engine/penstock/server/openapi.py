@@ -1,13 +1,16 @@
-"""The OpenAPI 3.1 document of an app (control path), made from its plan.
+"""The OpenAPI 3.1 document of a server (control path), made from its plan and from the models it has loaded.
 
 What must stay true: an event schema here accepts exactly the fields and JSON types that the server decodes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..plan import EventPlan, PipelinePlan, Plan, ViewPlan
+
+if TYPE_CHECKING:
+    from .oip import OipRoutes
 
 __all__ = ["openapi_document"]
 
@@ -25,21 +28,27 @@ TYPES: dict[str, Schema] = {
 UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 
 
-def openapi_document(plan: Plan) -> Schema:
-    """The whole document."""
+def openapi_document(plan: Plan | None, oip: OipRoutes | None = None) -> Schema:
+    """The whole document. plan: of the app, where there is one; oip: where models are served."""
     from .. import __version__
 
     schemas: dict[str, Schema] = {"Error": _error()}
     paths: dict[str, Schema] = {}
-    for event in plan.events.values():
-        schemas[f"event.{event.name}"] = _event(event)
-        paths[f"/v1/events/{event.name}"] = {"post": _ingest(event)}
-    for pipeline in plan.pipelines.values():
-        schemas[f"decision.{pipeline.name}"] = _decision(pipeline)
-        paths[f"/v1/score/{pipeline.name}"] = {"post": _score(pipeline)}
-    for view in plan.views.values():
-        schemas[f"features.{view.name}"] = _features(view)
-        paths[f"/v1/features/{view.name}"] = {"post": _read(view)}
+    if plan is not None:
+        for event in plan.events.values():
+            schemas[f"event.{event.name}"] = _event(event)
+            paths[f"/v1/events/{event.name}"] = {"post": _ingest(event)}
+        for pipeline in plan.pipelines.values():
+            schemas[f"decision.{pipeline.name}"] = _decision(pipeline)
+            paths[f"/v1/score/{pipeline.name}"] = {"post": _score(pipeline)}
+        for view in plan.views.values():
+            schemas[f"features.{view.name}"] = _features(view)
+            paths[f"/v1/features/{view.name}"] = {"post": _read(view)}
+    if oip is not None:
+        from .openapi_oip import oip_paths, oip_schemas
+
+        schemas |= oip_schemas()
+        paths |= oip_paths(oip)
     for path, about, kind in (
         ("/health/live", "The process answers.", "application/json"),
         ("/health/ready", "Ready to score; 503 while starting or stopping.", "application/json"),
@@ -49,13 +58,17 @@ def openapi_document(plan: Plan) -> Schema:
     ):
         answers: Schema = {"200": {"description": about, "content": {kind: {}}}}
         if path == "/health/ready":
-            answers["503"] = _refusal("Starting or stopping.")
+            answers["503"] = _refusal("Starting or stopping.", later=True)
         paths[path] = {
             "get": {"summary": about, "operationId": path.strip("/").replace("/", "."), "responses": answers}
         }
     return {
         "openapi": "3.1.0",
-        "info": {"title": plan.app, "version": plan.fingerprint, "description": f"Served by Penstock {__version__}."},
+        "info": {
+            "title": "models" if plan is None else plan.app,
+            "version": __version__ if plan is None else plan.fingerprint,
+            "description": f"Served by Penstock {__version__}.",
+        },
         "paths": paths,
         "components": {"schemas": schemas},
     }
@@ -73,8 +86,12 @@ def _json(schema: Schema) -> Schema:
     return {"application/json": {"schema": schema}}
 
 
-def _refusal(about: str) -> Schema:
-    return {"description": about, "content": _json(_ref("Error"))}
+def _refusal(about: str, later: bool = False) -> Schema:
+    """An error answer; `later`: with the seconds after which to try again."""
+    refusal: Schema = {"description": about, "content": _json(_ref("Error"))}
+    if later:
+        refusal["headers"] = {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 0}}}
+    return refusal
 
 
 def _operation(name: str, about: str, body: Schema, answer: Schema, parameters: list[Schema] | None = None) -> Schema:
@@ -86,7 +103,9 @@ def _operation(name: str, about: str, body: Schema, answer: Schema, parameters: 
             "200": {"description": "Done.", "content": _json(answer)},
             "400": _refusal("Not HTTP, not JSON, or an unknown parameter; nothing has changed."),
             "413": _refusal("The body is too large; nothing has changed."),
+            "415": _refusal("A Content-Encoding that is not understood; nothing has changed."),
             "422": _refusal("JSON that does not fit; nothing has changed."),
+            "503": _refusal("Too much to do, too late, or the log takes no events; nothing has changed.", later=True),
         },
     }
     if parameters:
@@ -95,11 +114,21 @@ def _operation(name: str, about: str, body: Schema, answer: Schema, parameters: 
 
 
 def _score(pipeline: PipelinePlan) -> Schema:
-    switches = [
-        {"name": name, "in": "query", "description": about, "schema": {"type": "boolean", "default": default}}
-        for name, about, default in (
-            ("ingest", "false: evaluate as if the event were applied, and leave nothing behind.", True),
-            ("explain", "true: the feature values and their statuses too.", False),
+    given = [
+        {"name": name, "in": "query", "description": about, "schema": schema}
+        for name, about, schema in (
+            (
+                "ingest",
+                "false: evaluate as if the event were applied, and leave nothing behind.",
+                {"type": "boolean", "default": True},
+            ),
+            ("explain", "true: the feature values and their statuses too.", {"type": "boolean", "default": False}),
+            (
+                "timeout",
+                "Microseconds that it may wait for its turn; it can only shorten the pipeline's deadline.",
+                {"type": "integer", "minimum": 1, "maximum": 10**9},
+            ),
+            ("priority", "1 is served first, 7 last.", {"type": "integer", "minimum": 1, "maximum": 7, "default": 4}),
         )
     ]
     return _operation(
@@ -107,7 +136,7 @@ def _score(pipeline: PipelinePlan) -> Schema:
         f"Score one {pipeline.event}, or several in order, all or nothing.",
         _one_or_many(f"event.{pipeline.event}"),
         _one_or_many(f"decision.{pipeline.name}"),
-        switches,
+        given,
     )
 
 
@@ -138,10 +167,23 @@ def _read(view: ViewPlan) -> Schema:
         "additionalProperties": False,
         "required": ["keys"],
         "properties": {
-            "keys": {"type": "array", "items": {"type": ["string", "integer"]}},
+            "keys": {
+                "type": "array",
+                "maxItems": 10_000,
+                "items": {
+                    "oneOf": [
+                        {"type": "string", "maxLength": 1024},
+                        {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+                    ]
+                },
+            },
             "as_of": {
-                "type": ["string", "integer", "null"],
                 "description": "RFC 3339, or microseconds since 1970; left out, now.",
+                "oneOf": [
+                    {"type": "null"},
+                    {"type": "string", "format": "date-time"},
+                    {"type": "integer", "minimum": -(2**62), "maximum": 2**62 - 1},
+                ],
             },
         },
     }
