@@ -33,6 +33,7 @@ from .timestamp import Timestamp
 
 if TYPE_CHECKING:
     from ._ext.decision import Decision
+    from .client import AsyncClient, Client
     from .engine import Engine, FeatureRows
     from .offline.asof import FeatureTable, asof_join, asof_join_files
     from .offline.options import LogOptions
@@ -44,7 +45,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Aggregation",
+    "AsyncClient",
     "ByArm",
+    "Client",
     "Decision",
     "DefinitionError",
     "Engine",
@@ -78,8 +81,10 @@ __all__ = [
     "training_set",
 ]
 
-# Imported when first asked for: an app that only defines things does not wait for numpy and the kernels.
+# Imported when first asked for: an app that only defines things does not wait for numpy, the kernels or sockets.
 _LATER = {
+    "AsyncClient": "client",
+    "Client": "client",
     "Decision": "_ext.decision",
     "Engine": "engine",
     "FeatureRows": "engine",
