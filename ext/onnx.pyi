@@ -16,7 +16,7 @@ class OnnxModel:
     batched: bool
     def __init__(
         self,
-        source: str | PathLike[str] | bytes,
+        source: Any,
         inputs: Sequence[str] | None = None,
         output: str | None = None,
         *,

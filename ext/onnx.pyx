@@ -4,7 +4,9 @@
 # which saves a quarter of a second of start-up. Where that library is not reached, InferenceSession.run() answers
 # through the GIL with the same bits. A row has the same bits alone and in a batch, unless batched=True is asked for.
 
-from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport (
+    PyBUF_FORMAT, PyBUF_SIMPLE, PyBUF_STRIDES, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
+)
 from libc.math cimport isfinite
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport calloc, free
@@ -275,7 +277,7 @@ cdef int _run_python(OnnxModel self, const double *x, size_t rows, size_t stride
 cdef class OnnxModel:
     """A model that ONNX Runtime runs: one thread, sequential, no spinning.
 
-    source: path of a .onnx file, or its bytes. inputs: feature names in the order of the columns of x; matched by name
+    source: path of a .onnx file, or its bytes (a mapped file too). inputs: feature names in the order of the columns of x; matched by name
     with the model's own where it has any (one input per feature, or a metadata entry feature_names), else by place.
     output: the output to read; default the probabilities, or the only floating one. batched: run a batch in one call,
     faster per row, but a row's last bits may then depend on the batch. api: None (C, else Python), "c" or "python".
@@ -291,7 +293,7 @@ cdef class OnnxModel:
             raise RuntimeError("OnnxModel is already loaded")
         if api is not None and api != "c" and api != "python":
             raise ValueError(f"api: expected 'c' or 'python', got {api!r}")
-        data = source if isinstance(source, bytes) else None
+        data = source if PyObject_CheckBuffer(source) else None
         self.source = "<bytes>" if data is not None else os.fspath(source)
         label = name or self.source
         if data is None and not os.path.isfile(self.source):
@@ -308,7 +310,9 @@ cdef class OnnxModel:
         self._open_python(data, inputs, output, label, external_folder)
 
     def __dealloc__(self):
-        ps_onnx_destroy(self.session)
+        if self.session != NULL:
+            with nogil:  # it may take a while
+                ps_onnx_destroy(self.session)
 
     def _open_c(self, data, inputs, output, label, arena, mem_pattern, external_folder):
         """None, or why the C API cannot be used. A model that cannot be loaded raises."""
@@ -319,6 +323,7 @@ cdef class OnnxModel:
         cdef const char *path = NULL
         cdef const char *bytes_at = NULL
         cdef size_t length = 0
+        cdef Py_buffer view
         library = library_path()
         if library is None:
             return "no libonnxruntime in an installed onnxruntime"
@@ -339,10 +344,13 @@ cdef class OnnxModel:
         encoded = os.fsencode(self.source)
         path = encoded
         if data is not None:
-            bytes_at = data
-            length = len(data)
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+            bytes_at = <const char *>view.buf
+            length = view.len
         with nogil:
             session = ps_onnx_create(path, bytes_at, length, &options, error)
+        if data is not None:
+            PyBuffer_Release(&view)
         if session == NULL:
             raise OnnxError(f"{label}: {(<bytes>error).decode(errors='replace')}")
         self.session = session
@@ -398,7 +406,7 @@ cdef class OnnxModel:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", external_folder)
         try:
             session = onnxruntime.InferenceSession(
-                self.source if data is None else data, options, providers=["CPUExecutionProvider"]
+                self.source if data is None else bytes(data), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
             raise OnnxError(f"{label}: ONNX Runtime: {error}") from None

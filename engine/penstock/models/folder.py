@@ -16,7 +16,20 @@ import msgspec
 
 from ..errors import PenstockError
 
-__all__ = ["SUFFIXES", "ModelError", "ResolvedModel", "aliases", "models", "resolve", "set_alias", "versions"]
+__all__ = [
+    "SUFFIXES",
+    "ModelError",
+    "ResolvedModel",
+    "aliases",
+    "is_name",
+    "is_version",
+    "model_file",
+    "models",
+    "resolve",
+    "set_alias",
+    "version_key",
+    "versions",
+]
 
 SUFFIXES = (".onnx", ".txt", ".json", ".ubj")
 
@@ -55,7 +68,7 @@ def versions(root: str | os.PathLike[str], name: str) -> list[str]:
     if not _NAME.fullmatch(name) or not folder.is_dir():
         return []
     found = [entry.name for entry in folder.iterdir() if entry.is_dir() and _VERSION.fullmatch(entry.name)]
-    return sorted(found, key=lambda version: ([int(part) for part in version.split(".")], version))
+    return sorted(found, key=version_key)
 
 
 def aliases(root: str | os.PathLike[str], name: str) -> dict[str, str]:
@@ -106,20 +119,44 @@ def resolve(root: str | os.PathLike[str], ref: str) -> ResolvedModel:
         version = table[wanted]
         if version not in known:
             raise ModelError(f"model {ref!r}: alias {wanted} means version {version}, but {_there_is(root, name)}")
-    folder = Path(root) / name / version
-    # Only files: to open a pipe would wait for its other end.
-    files = sorted(
-        path for path in folder.iterdir() if path.stem == "model" and path.suffix in SUFFIXES and path.is_file()
-    )
-    if len(files) != 1:
-        held = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise ModelError(f"model {ref!r}: expected one of model{', model'.join(SUFFIXES)} in {folder}, found {held}")
+    path = model_file(Path(root) / name / version, ref)
     try:
-        with open(files[0], "rb") as file:
+        with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ModelError(f"model {ref!r}: cannot read {files[0]}: {error.strerror}") from None
-    return ResolvedModel(name, version, files[0], digest)
+        raise ModelError(f"model {ref!r}: cannot read {path}: {error.strerror}") from None
+    return ResolvedModel(name, version, path, digest)
+
+
+def model_file(folder: Path, ref: str) -> Path:
+    """The one model file of a version's folder. Raises ModelError where there is none, or several."""
+    try:
+        # Only files: to open a pipe would wait for its other end.
+        files = sorted(
+            path for path in folder.iterdir() if path.stem == "model" and path.suffix in SUFFIXES and path.is_file()
+        )
+        if len(files) != 1:
+            held = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+            raise ModelError(
+                f"model {ref!r}: expected one of model{', model'.join(SUFFIXES)} in {folder}, found {held}"
+            )
+    except OSError as error:
+        raise ModelError(f"model {ref!r}: cannot read {folder}: {error.strerror}") from None
+    return files[0]
+
+
+def is_name(name: str) -> bool:
+    """Whether a text can name a model: no path can be made of it."""
+    return bool(_NAME.fullmatch(name))
+
+
+def is_version(version: str) -> bool:
+    return bool(_VERSION.fullmatch(version))
+
+
+def version_key(version: str) -> tuple[list[int], str]:
+    """Versions in the order of their numbers."""
+    return [int(part) for part in version.split(".")], version
 
 
 def _there_is(root: str | os.PathLike[str], name: str) -> str:

@@ -13,13 +13,17 @@ from penstock._ext.trees import TreeModel
 
 from .tree_ensemble import NotATreeModel, TreeEnsemble, TreeError
 
-__all__ = ["NotATreeModel", "TreeEnsemble", "TreeModel", "load_trees", "read_ensemble"]
+__all__ = ["NotATreeModel", "TreeEnsemble", "TreeModel", "load_trees", "parse_ensemble", "read_ensemble"]
 
 
 def read_ensemble(path: str | os.PathLike[str]) -> TreeEnsemble:
     """The shared form of a model file, by its suffix: .txt, .json, .ubj or .onnx. Raises as load_trees does."""
     path = Path(path)
-    data = path.read_bytes()
+    return parse_ensemble(path.read_bytes(), path)
+
+
+def parse_ensemble(data: bytes, path: Path) -> TreeEnsemble:
+    """The shared form of a model file's bytes; the path says what they are, and names them in errors."""
     try:
         if path.suffix == ".txt":
             from .lightgbm_text import parse_lightgbm
