@@ -1,0 +1,562 @@
+"""The loader (control path): a child process that finds, reads and parses model files for a server.
+
+Parsing is slow Python, and one busy Python thread makes an event loop wake late by milliseconds; so the serving process
+does none of it. The child hands back what it made in memory that both have mapped: of trees the flat arrays
+(ext/tree_form.h), from which the kernel's tables are built with the GIL released; of other ONNX files their bytes. What
+must stay true: whatever a file holds, whoever kills the child, the answer is a model or a ModelError; and the child ends
+with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .folder import SUFFIXES, ModelError, aliases, is_name, is_version, model_file, models, version_key, versions
+from .runtime import Runtime
+
+__all__ = ["Compiled", "FoundModel", "FoundVersion", "Loader", "build", "low_priority", "main"]
+
+LOOK_EVERY = 2.0  # seconds between two looks whether the parent lives
+NICE = 15  # of threads that build, beside a loop that serves
+_LENGTH = 4
+_MOST = 1 << 30  # bytes of a message
+
+
+class FoundVersion(msgspec.Struct, frozen=True):
+    """One version in the folder: its file as it was seen; or why it has none. moving: it changed since the last look."""
+
+    version: str
+    path: str = ""
+    size: int = 0
+    mtime_ns: int = 0
+    inode: int = 0
+    sha256: str = ""
+    problem: str = ""
+    moving: bool = False
+
+
+class FoundModel(msgspec.Struct, frozen=True):
+    """A model in the folder. gone: it is not there, or has no version any more."""
+
+    name: str
+    versions: list[FoundVersion] = []
+    aliases: dict[str, str] = {}
+    problem: str = ""
+    gone: bool = False
+
+
+class Compiled(msgspec.Struct, frozen=True, kw_only=True):
+    """A file that was read, and what its memory holds. kind: trees | onnx | onnx_file (an ONNX file as it is).
+
+    inputs: names in the order of the columns, or None; n_inputs: of trees; output, shown, folder: as OnnxSource.
+    """
+
+    kind: str
+    path: str
+    sha256: str
+    size: int
+    mtime_ns: int = 0
+    inode: int = 0
+    inputs: list[str] | None = None
+    n_inputs: int = 0
+    output: str | None = None
+    shown: str | None = None
+    folder: str | None = None
+
+
+class Look(msgspec.Struct, frozen=True, kw_only=True, tag="look"):
+    """One model of the folder as it is now."""
+
+    root: str
+    name: str
+
+
+class Scan(msgspec.Struct, frozen=True, kw_only=True, tag="scan"):
+    """What changed in the folder since the last scan; all of it where `whole`, or where this is a new child's first."""
+
+    root: str
+    whole: bool = False
+
+
+class Compile(msgspec.Struct, frozen=True, kw_only=True, tag="compile"):
+    """Read a file and compile it. given: the bytes come with the message, the path only names them. whole: an ONNX file
+    that holds no trees stays as it is, with all its outputs."""
+
+    path: str
+    name: str
+    inputs: list[str] | None = None
+    output: str | None = None
+    given: bool = False
+    whole: bool = False
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What the child answers; error: the text of a ModelError."""
+
+    error: str = ""
+    compiled: Compiled | None = None
+    found: list[FoundModel] = []
+    whole: bool = False
+
+
+Request = Look | Scan | Compile
+_encode = msgspec.msgpack.encode
+_answers = msgspec.msgpack.Decoder(Answer)
+_requests = msgspec.msgpack.Decoder(Request)
+
+
+# messages: a length, then MessagePack; a descriptor may come with the length
+
+
+def _send(channel: socket.socket, message: bytes, descriptor: int = -1) -> None:
+    head = len(message).to_bytes(_LENGTH, "little")
+    if descriptor >= 0:
+        sent = socket.send_fds(channel, [head], [descriptor])
+        channel.sendall(head[sent:])
+    else:
+        channel.sendall(head)
+    channel.sendall(message)
+
+
+def _receive(channel: socket.socket) -> tuple[bytes, int]:
+    """The next message and its descriptor or -1. Raises EOFError where the other side has ended."""
+    head, descriptors, _, _ = socket.recv_fds(channel, _LENGTH, 4)
+    descriptor = descriptors[0] if descriptors else -1
+    for other in descriptors[1:]:
+        os.close(other)
+    try:
+        head += _exactly(channel, _LENGTH - len(head)) if head else b""
+        size = int.from_bytes(head, "little")
+        if not head or size > _MOST:
+            raise EOFError
+        return _exactly(channel, size), descriptor
+    except BaseException:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise
+
+
+def _exactly(channel: socket.socket, size: int) -> bytes:
+    data = bytearray(size)
+    view, at = memoryview(data), 0
+    while at < size:
+        got = channel.recv_into(view[at:])
+        if got == 0:
+            raise EOFError
+        at += got
+    return bytes(data)
+
+
+def _memory(name: str) -> int:
+    """A file in memory that has no name in any folder: it goes when the last of us closes it."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name, os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _write(descriptor: int, data: bytes | memoryview) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[os.write(descriptor, view[: 1 << 24]) :]
+
+
+# the serving process's side
+
+
+class Loader:
+    """The child as its parent sees it. Calls come from one thread at a time, which they hold up; another may stop it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._stopped = False
+        self.restarts = 0
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child, while it runs."""
+        process = self._process
+        return process.pid if process is not None and process.poll() is None else None
+
+    def start(self) -> None:
+        """Start the child, unless it runs. Raises ModelError where the system does not give one."""
+        if self._stopped:
+            raise ModelError("the loader of models is stopped")
+        if self.pid is not None:
+            return
+        self._end()
+        mine, its = socket.socketpair()
+        source = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+        try:
+            with its:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "penstock.models.loader"],
+                    stdin=its,
+                    stdout=subprocess.DEVNULL,
+                    process_group=0,  # a Ctrl-C at the terminal is the parent's to handle
+                    env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                )
+        except OSError as error:
+            mine.close()
+            raise ModelError(f"the loader of models cannot be started: {error.strerror}") from None
+        self._channel = mine
+
+    def stop(self, timeout: float = 2.0) -> None:
+        """End the child; what it is asked for then fails."""
+        self._stopped = True
+        self._end(timeout)
+
+    def _end(self, timeout: float = 2.0) -> None:
+        channel, process = self._channel, self._process
+        if channel is not None:
+            self._channel = None
+            with contextlib.suppress(OSError):
+                channel.shutdown(socket.SHUT_RDWR)  # whoever waits for an answer wakes
+            channel.close()
+        if process is not None:
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGKILL)
+                process.wait()
+            self._process = None
+
+    def _ask(self, request: Request, descriptor: int = -1) -> tuple[Answer, int]:
+        """A child that ended is started again, and asked once more."""
+        message = _encode(request)
+        with self._lock:
+            for attempt in range(2):
+                self.start()
+                channel = self._channel
+                try:
+                    if channel is None:
+                        raise EOFError
+                    _send(channel, message, descriptor)
+                    body, got = _receive(channel)
+                    break
+                except (EOFError, OSError):
+                    if self._stopped:
+                        raise ModelError("the loader of models is stopped") from None
+                    self.restarts += 1
+                    status = self._process.wait() if self._process is not None else 0
+                    self._end()
+                    if attempt:
+                        why = f"signal {-status}" if status < 0 else f"status {status}"
+                        what = request.name if isinstance(request, (Look, Compile)) else request.root
+                        raise ModelError(f"model {what}: the loader ended while reading it ({why})") from None
+        answer = _answers.decode(body)
+        if answer.error:
+            if got >= 0:
+                os.close(got)
+            raise ModelError(answer.error)
+        return answer, got
+
+    def look(self, root: str, name: str) -> FoundModel:
+        """A model of the folder, its files' digests with it. Raises ModelError."""
+        answer, _ = self._ask(Look(root=root, name=name))
+        return answer.found[0]
+
+    def scan(self, root: str, whole: bool = False) -> tuple[list[FoundModel], bool]:
+        """Models that changed since the last scan, and whether that is all of the folder. Raises ModelError."""
+        answer, _ = self._ask(Scan(root=root, whole=whole))
+        return answer.found, answer.whole
+
+    def compile(
+        self,
+        path: str,
+        name: str,
+        inputs: Sequence[str] | None = None,
+        output: str | None = None,
+        *,
+        content: bytes | None = None,
+        whole: bool = False,
+    ) -> tuple[Compiled, mmap.mmap]:
+        """A file (or its content) compiled, and the memory that holds it. Raises ModelError."""
+        given = -1
+        try:
+            if content is not None:
+                given = _memory("penstock-given")
+                _write(given, content)
+            answer, descriptor = self._ask(
+                Compile(
+                    path=path,
+                    name=name,
+                    inputs=None if inputs is None else list(inputs),
+                    output=output,
+                    given=content is not None,
+                    whole=whole,
+                ),
+                given,
+            )
+        except OSError as error:
+            raise ModelError(f"model {name}: {error.strerror}") from None
+        finally:
+            if given >= 0:
+                os.close(given)
+        if answer.compiled is None or descriptor < 0:
+            raise ModelError(f"model {name}: the loader gave nothing")
+        try:
+            return answer.compiled, mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+        except OSError as error:
+            raise ModelError(f"model {name}: cannot map what the loader made: {error.strerror}") from None
+        finally:
+            os.close(descriptor)
+
+
+def build(compiled: Compiled, memory: mmap.mmap, name: str) -> Runtime:
+    """A runtime from what the child made; all but microseconds of it without the GIL. Raises ModelError."""
+    if compiled.kind == "trees":
+        from .._ext.trees import TreeModel
+        from .runtime import TreeRuntime
+
+        try:
+            model = TreeModel(memory)
+        except (ValueError, OverflowError) as error:
+            raise ModelError(f"model {name}: {compiled.path}: {error}") from None
+        return TreeRuntime(model, None if compiled.inputs is None else tuple(compiled.inputs))
+    from .onnx_runtime import OnnxRuntime, OnnxSource
+
+    source = OnnxSource(memory, compiled.output, compiled.shown, compiled.folder)
+    return OnnxRuntime.compiled(source, compiled.inputs, name)
+
+
+def low_priority() -> None:
+    """This thread gives way to the others of the process."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+
+
+# the child's side
+
+
+class _Child:
+    """What the child remembers between two requests: digests of files, and what the last scan saw."""
+
+    def __init__(self) -> None:
+        self.digests: dict[tuple[str, int, int, int], str] = {}
+        self.seen: dict[str, dict[str, FoundModel]] = {}  # per root
+
+    def answer(self, request: Request, given: int) -> tuple[Answer, int]:
+        if isinstance(request, Look):
+            return Answer(found=[self.look(request.root, request.name, None)]), -1
+        if isinstance(request, Scan):
+            return self.scan(request), -1
+        return self.compile(request, given)
+
+    def look(self, root: str, name: str, before: FoundModel | None, settle: bool = False) -> FoundModel:
+        """A model as it is in the folder. settle: a file that differs from the one `before` is not read yet: it may
+        still be written."""
+        if not is_name(name):
+            raise ModelError(f"model {name!r}: names are letters, digits, '_', '-' and '.'")
+        known = {version.version: version for version in before.versions} if before is not None else {}
+        try:
+            numbers = versions(root, name)
+        except OSError as error:
+            raise ModelError(f"model {name}: cannot read its folder: {error.strerror}") from None
+        if not numbers:
+            return FoundModel(name, gone=True)
+        table: dict[str, str] = {}
+        problem = ""
+        try:
+            table = aliases(root, name)
+        except ModelError as error:
+            problem = str(error)
+        found = [self.version(Path(root) / name / v, f"{name}@{v}", v, known.get(v), settle) for v in numbers]
+        return FoundModel(name, found, table, problem)
+
+    def version(
+        self, folder: Path, ref: str, version: str, before: FoundVersion | None, settle: bool
+    ) -> FoundVersion:
+        try:
+            path = model_file(folder, ref)
+            status = path.stat()
+        except ModelError as error:
+            return FoundVersion(version, problem=str(error))
+        except OSError as error:
+            return FoundVersion(version, problem=f"model {ref}: cannot read {folder}: {error.strerror}")
+        found = FoundVersion(version, str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+        if settle and (before is None or _stamp(before) != _stamp(found)):
+            return msgspec.structs.replace(found, moving=True)
+        try:
+            return msgspec.structs.replace(found, sha256=self.digest(found))
+        except OSError as error:
+            return msgspec.structs.replace(found, problem=f"model {ref}: cannot read {path}: {error.strerror}")
+
+    def digest(self, found: FoundVersion) -> str:
+        key = _stamp(found)
+        if key not in self.digests:
+            if len(self.digests) > 100_000:
+                self.digests.clear()
+            with open(found.path, "rb") as file:
+                self.digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        return self.digests[key]
+
+    def scan(self, request: Scan) -> Answer:
+        root = request.root
+        before = self.seen.get(root)
+        whole = request.whole or before is None
+        before = before or {}
+        if not os.path.isdir(root):
+            raise ModelError(f"{root}: the model folder is not there")
+        try:
+            names = models(root)
+        except OSError as error:
+            raise ModelError(f"{root}: cannot read the model folder: {error.strerror}") from None
+        now = {name: self.look(root, name, before.get(name), not whole) for name in names if is_name(name)}
+        self.seen[root] = now
+        changed = [model for name, model in now.items() if whole or model != before.get(name)]
+        changed += [FoundModel(name, gone=True) for name in before if name not in now]
+        return Answer(found=changed, whole=whole)
+
+    def compile(self, request: Compile, given: int) -> tuple[Answer, int]:
+        path = Path(request.path)
+        if path.suffix not in SUFFIXES:
+            raise ModelError(f"model {request.name}: {path} is no model file; expected one of {', '.join(SUFFIXES)}")
+        data, status = self.read(request, path, given)
+        digest = hashlib.sha256(data).hexdigest()
+        compiled, made = _compile(request, path, data)
+        try:
+            descriptor = _memory("penstock-model")
+            try:
+                _write(descriptor, made)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        except OSError as error:
+            raise ModelError(
+                f"model {request.name}: no room for its {len(made):,} bytes in memory: {error.strerror}"
+            ) from None
+        place: dict[str, int] = {}
+        if status is not None:
+            place = {"mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
+        compiled = msgspec.structs.replace(compiled, sha256=digest, size=len(data), **place)
+        return Answer(compiled=compiled), descriptor
+
+    def read(self, request: Compile, path: Path, given: int) -> tuple[bytes, os.stat_result | None]:
+        """The file's bytes, all from one moment: a file that changes meanwhile is refused."""
+        try:
+            if request.given:
+                if given < 0:
+                    raise ModelError(f"model {request.name}: its content did not come with it")
+                with open(os.dup(given), "rb") as file:
+                    file.seek(0)
+                    return file.read(), None
+            with path.open("rb") as file:
+                before = os.fstat(file.fileno())
+                data = file.read()
+                after = os.fstat(file.fileno())
+        except (OSError, MemoryError) as error:
+            why = error.strerror if isinstance(error, OSError) else "memory is short"
+            raise ModelError(f"model {request.name}: cannot read {path}: {why}") from None
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(data) != after.st_size:
+            raise ModelError(f"model {request.name}: {path} was written while it was read; load it again")
+        return data, after
+
+
+def _stamp(found: FoundVersion) -> tuple[str, int, int, int]:
+    return found.path, found.size, found.mtime_ns, found.inode
+
+
+def _compile(request: Compile, path: Path, data: bytes) -> tuple[Compiled, bytes]:
+    from .onnx_runtime import OnnxSource
+    from .runtime import bind_inputs
+    from .trees import NotATreeModel, compile_form, parse_ensemble
+
+    name = request.name
+    common: dict[str, Any] = {"path": str(path), "sha256": "", "size": len(data)}
+    reason = "the kernel gives the scores of a tree ensemble, not a named output"
+    if request.output is None:
+        try:
+            form = parse_ensemble(data, path)
+            inputs = bind_inputs(form.feature_names, request.inputs, form.n_inputs, name)
+            bound = None if inputs is None else list(inputs)
+            return Compiled(kind="trees", inputs=bound, n_inputs=form.n_inputs, **common), compile_form(form)
+        except NotATreeModel as error:
+            reason = str(error)
+        except ModelError:
+            raise
+        except (ValueError, OverflowError, RecursionError, MemoryError) as error:
+            raise ModelError(f"model {name}: {error or 'memory is short'}") from None
+    if path.suffix != ".onnx":
+        raise ModelError(f"model {name}: {path}: {reason}")
+    if request.whole:
+        return Compiled(kind="onnx_file", folder=str(path.parent), inputs=request.inputs, **common), data
+    source = OnnxSource.of(path, data, request.output, name)
+    made = source.data if isinstance(source.data, bytes) else data
+    return (
+        Compiled(
+            kind="onnx",
+            inputs=request.inputs,
+            output=source.output,
+            shown=source.shown,
+            folder=source.folder or str(path.parent),
+            **common,
+        ),
+        made,
+    )
+
+
+def _serve(channel: socket.socket) -> None:
+    """Answer until the parent ends."""
+    parent = os.getppid()
+    child = _Child()
+    while True:
+        ready, _, _ = select.select([channel], [], [], LOOK_EVERY)
+        if os.getppid() != parent:  # a forked child of the parent may still hold the other end
+            return
+        if not ready:
+            continue
+        try:
+            body, given = _receive(channel)
+        except (EOFError, OSError):
+            return
+        made = -1
+        try:
+            answer, made = child.answer(_requests.decode(body), given)
+        except ModelError as error:
+            answer = Answer(error=str(error))
+        except Exception as error:  # a defect of a parser is no reason to stop serving the others
+            answer = Answer(error=f"{type(error).__name__}: {error}")
+        try:
+            _send(channel, _encode(answer), made)
+        except OSError:
+            return
+        finally:
+            for descriptor in (given, made):
+                if descriptor >= 0:
+                    os.close(descriptor)
+
+
+def main() -> int:
+    """Run as `python -m penstock.models.loader`, its standard input a socket."""
+    with contextlib.suppress(OSError):
+        # Only where nothing else wants the core, as the keeper: a server that shares it does not wait for a slice.
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with contextlib.suppress(ValueError, OSError):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    channel = socket.socket(fileno=os.dup(0))
+    _serve(channel)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
