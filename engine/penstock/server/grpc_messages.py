@@ -1,4 +1,4 @@
-"""The messages of the Open Inference Protocol over gRPC (control path): a table, and the classes built from it at import.
+"""Messages of the Open Inference Protocol over gRPC (control path): a table, and the classes built from it at import.
 
 Names, numbers and types are the protocol's: package `inference` as Triton and KServe speak it, and `grpc.health.v1`.
 What must stay true: the classes live in a descriptor pool of their own, so that a process may also import a client's
@@ -51,7 +51,9 @@ ModelVersionPolicy.All:
 ModelVersionPolicy.Specific: versions 1 [int64]
 ModelInstanceGroup: name 1 string, count 2 int32, kind 4 !.Kind
 ModelParameter: string_value 1 string
-ModelConfig: name 1 string, platform 2 string, version_policy 3 ModelVersionPolicy, max_batch_size 4 int32, input 5 [ModelInput], output 6 [ModelOutput], instance_group 7 [ModelInstanceGroup], default_model_filename 8 string, parameters 14 {ModelParameter}, backend 17 string
+ModelQueuePolicy: timeout_action 1 !.TimeoutAction, default_timeout_microseconds 2 uint64, allow_timeout_override 3 bool, max_queue_size 4 uint32
+ModelDynamicBatching: preferred_batch_size 1 [int32], max_queue_delay_microseconds 2 uint64, preserve_ordering 3 bool, priority_levels 4 uint64, default_priority_level 5 uint64, default_queue_policy 6 ModelQueuePolicy
+ModelConfig: name 1 string, platform 2 string, version_policy 3 ModelVersionPolicy, max_batch_size 4 int32, input 5 [ModelInput], output 6 [ModelOutput], instance_group 7 [ModelInstanceGroup], default_model_filename 8 string, dynamic_batching/scheduling_choice 11 ModelDynamicBatching, parameters 14 {ModelParameter}, backend 17 string
 
 ModelStatisticsRequest: name 1 string, version 2 string
 ModelStatisticsResponse: model_stats 1 [ModelStatistics]
@@ -99,6 +101,7 @@ LogSettingsResponse.SettingValue: bool_param/parameter_choice 1 bool, uint32_par
 _OIP_ENUMS = {
     "DataType": "INVALID BOOL UINT8 UINT16 UINT32 UINT64 INT8 INT16 INT32 INT64 FP16 FP32 FP64 STRING BF16",
     "ModelInstanceGroup.Kind": "AUTO GPU CPU MODEL",
+    "ModelQueuePolicy.TimeoutAction": "REJECT DELAY",
 }
 _PREFIX = {"DataType": "TYPE_", "Kind": "KIND_"}
 
@@ -178,8 +181,8 @@ def _file(package: str, messages: str, enums: dict[str, str]) -> Any:
     for path, values in enums.items():
         owner, _, name = path.rpartition(".")
         enum = (_message_at(file, owner) if owner else file).enum_type.add(name=name)
-        for number, value in enumerate(values.split()):
-            enum.value.add(name=_PREFIX.get(name, "") + value, number=number)
+        for number, text in enumerate(values.split()):
+            enum.value.add(name=_PREFIX.get(name, "") + text, number=number)
     return file
 
 
@@ -191,7 +194,7 @@ def _classes(package: str, messages: str, enums: dict[str, str]) -> Any:
         file = pool.FindFileByName(f"penstock/{package}.proto")
     return SimpleNamespace(
         **{name: message_factory.GetMessageClass(kind) for name, kind in file.message_types_by_name.items()},
-        **{name: kind for name, kind in file.enum_types_by_name.items()},
+        **dict(file.enum_types_by_name.items()),
         DESCRIPTOR=file,
     )
 
