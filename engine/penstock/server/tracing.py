@@ -127,9 +127,9 @@ class Tracing:
             if value is None:
                 return None
             number = value
-            if isinstance(value, float) and value.is_integer():
-                number = int(value)
-            elif isinstance(value, str) and re.fullmatch("-?[0-9]{1,19}", value):
+            if (isinstance(value, float) and value.is_integer()) or (
+                isinstance(value, str) and re.fullmatch("-?[0-9]{1,19}", value)
+            ):
                 number = int(value)
             if isinstance(number, bool) or not isinstance(number, int) or not LEAST[name] <= number < 2**63:
                 raise SettingError(f"{name}: expected an integer from {LEAST[name]}, got {value!r:.100}")
