@@ -181,8 +181,8 @@ def _file(package: str, messages: str, enums: dict[str, str]) -> Any:
     for path, values in enums.items():
         owner, _, name = path.rpartition(".")
         enum = (_message_at(file, owner) if owner else file).enum_type.add(name=name)
-        for number, text in enumerate(values.split()):
-            enum.value.add(name=_PREFIX.get(name, "") + text, number=number)
+        for position, text in enumerate(values.split()):
+            enum.value.add(name=_PREFIX.get(name, "") + text, number=position)
     return file
 
 

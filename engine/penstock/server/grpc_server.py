@@ -172,11 +172,11 @@ class _Unary:
             counts[method.name, "OK"] += 1
             return answer
         except Exception as error:
-            refusal = self.service.refusal(error)
+            code, message = self.service.status(error)
         # grpc drops the answer when the code is not OK. abort() would raise an exception that grpc keeps with the call.
-        context.set_code(refusal.code)
-        context.set_details(refusal.message)
-        counts[method.name, refusal.code.name] += 1
+        context.set_code(code)
+        context.set_details(message)
+        counts[method.name, code.name] += 1
         return b""
 
 
@@ -192,8 +192,8 @@ class _Stream(_Unary):
         service = self.service
         # Triton's clients may ask that an error ends the stream with a status.
         strict = ("triton_grpc_error", "true") in (context.invocation_metadata() or ())
-        refusal: Refusal | None = service.too_many() if self.refused else None
-        while refusal is None or not (strict or self.refused):
+        status = service.status(service.too_many()) if self.refused else None
+        while status is None:
             data = await context.read()
             if data is grpc.aio.EOF:
                 return
@@ -201,25 +201,24 @@ class _Stream(_Unary):
             request: Any = None
             try:
                 request = _decode(method, data)
-                result = await service.infer(request, context, time.monotonic_ns())
-                answer.infer_response.CopyFrom(result)
-                final = request.parameters.get("triton_enable_empty_final_response")
-                if final is not None and final.bool_param:
-                    answer.infer_response.parameters["triton_final_response"].bool_param = True
+                answer.infer_response.CopyFrom(await service.infer(request, context, time.monotonic_ns()))
+                if request.parameters:
+                    final = request.parameters.get("triton_enable_empty_final_response")
+                    if final is not None and final.bool_param:
+                        answer.infer_response.parameters["triton_final_response"].bool_param = True
                 service.counts[method.name, "OK"] += 1
-                refusal = None
             except Exception as error:
-                refusal = service.refusal(error)
-                service.counts[method.name, refusal.code.name] += 1
+                code, message = service.status(error)
+                service.counts[method.name, code.name] += 1
                 if strict:
+                    status = code, message
                     break
-                answer.error_message = refusal.message
+                answer.error_message = message
                 if request is not None:
                     answer.infer_response.id = request.id
             await context.write(answer.SerializeToString())
-        if refusal is not None:
-            context.set_code(refusal.code)
-            context.set_details(refusal.message)
+        context.set_code(status[0])
+        context.set_details(status[1])
 
 
 class _Method:
@@ -269,25 +268,25 @@ class _Service(grpc.GenericRpcHandler):  # type: ignore[misc]
     def too_many(self) -> Refusal:
         return Refusal(grpc.StatusCode.UNAVAILABLE, f"overloaded: {self.max_calls} calls are under way; try again")
 
-    def refusal(self, error: Exception) -> Refusal:
-        """The status of an error; one that nobody expected is INTERNAL, and its place goes to the log."""
+    def status(self, error: Exception) -> tuple[Any, str]:
+        """(code, details) of an error; one that nobody expected is INTERNAL, and its place goes to the log.
+
+        Not the error itself: a caller that kept it would be kept by its traceback, until the garbage collector comes.
+        """
         match error:
             case Refusal():
-                return error
+                return error.code, error.message
             case InferError() | RequestError():
-                code = _CODES.get(error.status)
-                if code is None:
-                    internal = error.status >= 500
-                    code = grpc.StatusCode.INTERNAL if internal else grpc.StatusCode.INVALID_ARGUMENT
-                return Refusal(code, str(error))
+                other = grpc.StatusCode.INTERNAL if error.status >= 500 else grpc.StatusCode.INVALID_ARGUMENT
+                return _CODES.get(error.status, other), str(error)
             case SettingError():
-                return Refusal(_CODES[501 if error.unsupported else 400], str(error))
+                return _CODES[501 if error.unsupported else 400], str(error)
             case ModelError():
-                return Refusal(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                return grpc.StatusCode.INVALID_ARGUMENT, str(error)
             case PenstockError():
-                return Refusal(grpc.StatusCode.UNAVAILABLE, str(error))
+                return grpc.StatusCode.UNAVAILABLE, str(error)
         self.routes.log.fault(error)
-        return Refusal(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}: {error}")
+        return grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}: {error}"
 
     # Inference.
 
