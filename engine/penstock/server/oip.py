@@ -17,6 +17,7 @@ from .. import __version__
 from .._ext.http import RequestError, Route
 from ..errors import PenstockError
 from ..models.folder import ModelError
+from ..models.repository import UnknownModel
 from .server_log import ServerLog
 from .tracing import SettingError, Tracing
 
@@ -105,7 +106,7 @@ class OipRoutes:
                 return self._region(kind, region, verb)
             case _:
                 return None
-        if not self._known(name):
+        if self.repository.table.target(name) is None:
             return None
         what = "/".join(rest)
         if what == "infer":
@@ -231,23 +232,16 @@ class OipRoutes:
             raise RequestError(400, "bad_request", "parameters.config: expected a model configuration as JSON text")
         if files and config is None:
             raise RequestError(400, "bad_request", "parameters: 'file:' needs 'config' beside it")
-        if not files and not self._known(name):
-            raise RequestError(404, "not_found", self._unknown(name) or f"model {name[:100]!r} is not here")
         await self.repository.load(name, config, files or None)
         self.log.say("info", f"model {name} is loaded")
 
     async def _unload(self, name: str, parameters: dict[str, Any]) -> None:
         if not isinstance(parameters.get("unload_dependents", False), bool):
             raise RequestError(400, "bad_request", "parameters.unload_dependents: expected true or false")
-        if not self._known(name):
-            raise RequestError(404, "not_found", self._unknown(name) or f"model {name[:100]!r} is not here")
         await self.repository.unload(name)
         self.log.say("info", f"model {name} is unloaded")
 
     # What is there.
-
-    def _known(self, name: str) -> bool:
-        return bool(self.repository.model(name)) or any(row["name"] == name for row in self.repository.index())
 
     def _unknown(self, name: str, version: str = "") -> str:
         """Why there is no such model or version; "" when there is."""
@@ -265,7 +259,7 @@ class OipRoutes:
 def model_config(model: Any, lane: Any, instances: int = 1) -> dict[str, Any]:
     """Triton's ModelConfig of a ServedModel: dims are without the batch dimension, where the model has one."""
     ports = [*model.inputs, *model.outputs]
-    batched = all(len(port.shape) > 0 and port.shape[0] == -1 for port in ports)
+    batched = model.batched and all(port.shape[:1] == (-1,) for port in ports)
     queue: dict[str, Any] = {"timeout_action": "REJECT", "allow_timeout_override": True}
     rows = 0
     if lane is not None:
@@ -315,6 +309,8 @@ def _changes(change: Callable[[str, dict[str, Any]], Any], name: str) -> Callabl
         parameters = _read(body, LoadRequest).parameters
         try:
             await change(name, parameters)
+        except UnknownModel as error:
+            raise RequestError(404, "not_found", str(error)) from None
         except ModelError as error:
             raise RequestError(400, "bad_model", str(error)) from None
         except PenstockError as error:

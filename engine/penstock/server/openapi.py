@@ -25,6 +25,7 @@ TYPES: dict[str, Schema] = {
     "string": {"type": "string"},
     "timestamp": {"type": "string", "format": "date-time"},
 }
+YEARS = (-62_135_596_800, 253_402_300_799)  # seconds: the years 1 to 9999
 UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 
 
@@ -200,7 +201,13 @@ def _event(event: EventPlan) -> Schema:
     for field in event.fields:
         schema = TYPES[field.type]
         if field.unit is not None:
-            schema = {"type": "integer", "description": f"{UNITS[field.unit]} since 1970 UTC"}
+            scale = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[field.unit]
+            schema = {
+                "type": "integer",
+                "description": f"{UNITS[field.unit]} since 1970 UTC",
+                "minimum": max(YEARS[0] * scale, -(2**63)),
+                "maximum": min((YEARS[1] + 1) * scale - 1, 2**63 - 1),
+            }
         if field.optional:
             schema = _nullable(schema)
         if not field.required and isinstance(field.default, (str, int, float, bool)):
