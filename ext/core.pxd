@@ -9,6 +9,9 @@ from penstock._ext.steps cimport KeyRef, ModelRun, Pipe, PipeC, Read, RowKeys, R
 from penstock._ext.windows cimport ps_arena, ps_event, ps_handle
 
 
+cdef enum:
+    BLOCK_ROWS = 32           # events that are scored together
+
 # What is known of an event between its start and its conclusion.
 ctypedef struct Start:
     int64_t now
@@ -97,7 +100,8 @@ cdef class Core:
     cdef void sweep(self, SourceC *source) noexcept nogil
     cdef object id_of(self, Source source, ps_slot *slots, ps_arena *arena)
     cdef void hash_keys(self, int n_keys, Read *reads, int n_reads, SourceC *source, RowKeys *keys) noexcept nogil
-    cdef int validate(self, Source source, list events) except -1
+    cdef int check(self, Source source, list events, Py_ssize_t first, Py_ssize_t last) except -1
+    cdef int validate(self, Source source, list events, Py_ssize_t first, Py_ssize_t last) except -1
     cdef int ingest_one(self, Source source, object event) except -1
     cdef Decision start(self, Pipe pipe, Rows rows, int row, object event, bint ingest, Start *start)
     cdef Decision conclude(self, Pipe pipe, Rows rows, int row, const Start *start, object id, object error, bint ingest,

@@ -54,7 +54,6 @@ cdef extern from "time.h" nogil:
     int CLOCK_REALTIME
 
 cdef enum:
-    BLOCK_ROWS = 32           # events that are scored together
     SWEEP_EVERY = 64          # applied events between two sweeps,
     SWEEP_CREATED = 16        # or new entities
     SWEEP_ENTITIES = 4        # released per sweep at the most, beside twice the new ones
@@ -650,6 +649,14 @@ cdef class Core:
         for m in range(pipe.n_models):
             run = &pipe.models[m]
             outputs = run.model.n_outputs
+            if ((run.n_inputs > rows.n_inputs or <int>outputs > rows.n_outputs)
+                    and rows.widen(run.n_inputs, <int>outputs) != 0):
+                for r in range(n):
+                    verdict = &rows.verdicts[which[r]]
+                    if verdict.failed < 0 and (run.guard_experiment < 0
+                                               or verdict.arms[run.guard_experiment] == run.guard_arm):
+                        verdict.failed = <int16_t>(pipe.n_functions + m)
+                continue
             picked = 0
             for r in range(n):
                 row = which[r]
@@ -1034,17 +1041,25 @@ cdef class Core:
         cdef Pipe pipe = <Pipe>self.pipes[pipeline]
         self.enter()
         try:
-            self.validate(pipe.source, events)
+            self.validate(pipe.source, events, 0, len(events))
             decisions = [self.score_one(pipe, event, ingest, explain) for event in events]
         finally:
             self.leave()
         self.wait_for_log()
         return decisions
 
-    cdef int validate(self, Source source, list events) except -1:
+    cdef int check(self, Source source, list events, Py_ssize_t first, Py_ssize_t last) except -1:
+        """Raise for the first of events[first:last] that would be refused."""
+        self.enter()
+        try:
+            return self.validate(source, events, first, last)
+        finally:
+            self.leave()
+
+    cdef int validate(self, Source source, list events, Py_ssize_t first, Py_ssize_t last) except -1:
         cdef Py_ssize_t i
         cdef Rows rows = self.single
-        for i in range(len(events)):
+        for i in range(first, last):
             rows.arena.used = <uint32_t>PyBytes_GET_SIZE(self.constants)
             source.reader.read_object(events[i], rows.slots, rows.status, &rows.arena, f"[{i}]")
         return 0
@@ -1087,7 +1102,7 @@ cdef class Core:
         """Apply several events in order, all or nothing on bad input. Returns their outcomes."""
         self.enter()
         try:
-            self.validate(<Source>self.sources[source], events)
+            self.validate(<Source>self.sources[source], events, 0, len(events))
             outcomes = [OUTCOMES[self.ingest_one(<Source>self.sources[source], event)] for event in events]
         finally:
             self.leave()
@@ -1198,6 +1213,22 @@ cdef class Core:
             }
         return {"outcomes": outcomes, "actions": actions, "arms": arms, "models": models}
 
+    def swap_models(self, list changes, list prelude=None):
+        """Run other models from the next event on. changes: (pipeline, what Pipe.swap_models takes). prelude: the log's
+        schemas from now on. Returns what held the old models; raises LogError, and nothing has changed, where the log
+        cannot take the schemas."""
+        cdef Pipe pipe
+        cdef list old = []
+        self.enter()
+        try:
+            if prelude is not None and self.log_ptr != NULL:
+                self.log.set_prelude(prelude)
+            for index, models in changes:
+                pipe = <Pipe>self.pipes[<Py_ssize_t>index]
+                old += pipe.swap_models(models)
+        finally:
+            self.leave()
+        return old
 
 
 cdef int call_native(Function *function, ps_slot *slots, uint8_t *status) noexcept nogil:

@@ -2,6 +2,12 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from penstock._ext.core cimport Block, Core
+from penstock._ext.flow cimport Lane, Work
+from penstock._ext.infer cimport InferCall, Target
+from penstock._ext.steps cimport Pipe
+from penstock._ext.wire cimport WireConnection, WireServer
+
 
 cdef enum:
     N_BUCKETS = 17
@@ -14,13 +20,16 @@ cdef class Route:
         readonly str      label
         readonly str      kind
         readonly tuple    methods
+        readonly Lane     lane           # None: answered at once, whatever the load
+        readonly Target   target         # of "infer"
         int               native
-        object            index
+        int               index
+        Core              core
+        Pipe              pipe           # of "score"
         object            decode_one
         object            decode_many
-        object            call_one
-        object            call_many
         object            handler
+        bint              oip            # errors are {"error": "text"}
         uint64_t          buckets[N_BUCKETS]
         uint64_t          requests
         int64_t           total_ns
@@ -33,6 +42,11 @@ cdef class Head:
         Route    route
         str      query
         int64_t  content_length
+        int64_t  inference       # Inference-Header-Content-Length, or -1
+        int64_t  timeout_us
+        int      priority
+        int      encoding
+        int      accepts
         bint     keep_alive
         bint     http10
         bint     head_only
@@ -41,61 +55,44 @@ cdef class Head:
 
 
 cdef class Connection
+cdef class HttpWork
 
 
-cdef class HttpServer:
+cdef class HttpServer(WireServer):
     cdef:
         dict               routes
+        dict               resolved       # path -> Route that `resolve` gave
+        object             resolve
         list               heads
-        set                connections
         object             not_found
         object             event_error
         object             log
-        public object      event_log      # with `fsync always`: answers leave when its sync is done
         dict               errors
         Route              unmatched
+        Route              unmatched_oip
 
         readonly int64_t   max_body
         readonly int64_t   max_head
         readonly uint32_t  max_fields
-        readonly int64_t   max_connections
         int64_t            head_timeout
         int64_t            body_timeout
         int64_t            idle_timeout
-        int64_t            write_timeout
-        public bint        draining
         public bint        reuse_heads
-        readonly uint64_t  accepted
-        readonly uint64_t  refused
         readonly uint64_t  head_hits
         readonly uint64_t  head_misses
 
-        char              *out
-        size_t             out_n
-        size_t             out_cap
-        size_t             out_from       # up to here the answers belong to `waiting`
-        list               waiting        # connections whose answers are formed and not sent yet, in order
-        size_t            *ends           # where the answers of each of them end in `out`
-        Py_ssize_t         ends_cap
-        object             call_soon
-        bint               called         # send_waiting will run
-        char               date[48]
+        char              date[48]
         size_t             date_n
 
-    cdef int put(self, const char *p, size_t n) except -1
-    cdef int put_bytes(self, bytes b) except -1
-    cdef int queue(self, Connection connection) except -1
-    cdef int send_all(self) except -1
     cdef Head find(self, const char *p, size_t n)
     cdef int keep(self, Head head) except -1
+    cdef Route route_of(self, str path)
 
 
-cdef class Connection:
+cdef class Connection(WireConnection):
     cdef:
         HttpServer  server
-        object      transport
         object      parser         # llhttp, made for the first head that is not a repeat
-        bytes       pending        # received while the peer does not read our answers
         bytearray   tail           # of a head: all of it so far; of a chunked body: its last three bytes
         object      body           # None, bytes, or a bytearray once a second part came
         bytes       url
@@ -103,35 +100,57 @@ cdef class Connection:
         Head        head
         int64_t     body_n         # bytes of body so far
         int64_t     body_left      # Content-Length: bytes to come; chunked: bytes on the wire so far
-        int64_t     since          # when the current phase began; the sweep compares it with the timeouts
-        int64_t     started        # when the read being worked on began
-        int64_t     blocked_since  # since when the peer has taken nothing of blocked_bytes
-        int64_t     blocked_bytes
-        int64_t     discarded
-        int         fd
         int         state
         int         begun          # llhttp: message begins, heads and ends seen in this feed
         int         headed
-        int         ended
+        int         complete
         bint        keep_alive
         bint        cacheable
         bint        last           # nothing follows this message in what was read
-        bint        spilled        # the transport holds bytes of ours: later ones must queue behind them
-        bint        paused
-        bint        closing
-        bint        linger
-        bint        half_closed
 
-    cdef int consume(self, bytes data) except -1
     cdef Py_ssize_t parse(self, bytes data, Py_ssize_t pos) except -1
     cdef Py_ssize_t piece_end(self, bytes data, Py_ssize_t pos) except -2
     cdef int feed(self, bytes piece) except -1
     cdef int head_done(self, bytes raw) except -1
     cdef int message_done(self) except -1
-    cdef int answer(self, Head head, bytes body) except -1
+    cdef int answer(self, Head head, const char *p, size_t n, bytes held) except -1
+    cdef int score(self, Head head, const char *p, size_t n, bytes held) except -1
+    cdef int infer(self, Head head, const char *p, size_t n, bytes held) except -1
+    cdef int call(self, Head head, bytes body) except -1
+    cdef int answer_events(self, Head head, bytes body) except -1
+    cdef int answer_many(self, Head head, list answers) except -1
+    cdef int wait_for(self, HttpWork work) except -1
+    cdef int released(self) except -1
+    cdef bytes inflate(self, Head head, const char *p, size_t n)
+    cdef int start_line(self, Head head, int status, bytes kind) except -1
+    cdef int end_head(self, Head head, int64_t length, bytes extra) except -1
+    cdef int end_fields(self, Head head, bytes extra) except -1
+    cdef int count(self, Head head, int status) except -1
     cdef int respond(self, Head head, int status, bytes kind, bytes payload, bytes extra) except -1
-    cdef int refuse(self, Head head, int status, str code, str message, str path, bytes extra) except -1
+    cdef int respond_infer(self, Head head, InferCall call) except -1
+    cdef int respond_compressed(self, Head head, InferCall call) except -1
+    cdef int overloaded(self, Head head, int why) except -1
+    cdef int refuse(self, Head head, int status, str code, str message, object path, bytes extra) except -1
     cdef int refuse_for(self, Head head, object error) except -1
     cdef int hang_up(self, int status, str code, str message) except -1
-    cdef int send(self, const char *p, size_t n) except -1
-    cdef int finish(self) except -1
+
+
+cdef class HttpWork(Work):
+    cdef:
+        Connection  connection
+        Head        head
+        bytes       body
+        InferCall   inference
+        Block       block
+        list        events         # of an array: what is still to be done with them, a part at a time
+        list        answers
+        Py_ssize_t  at
+        int         stage
+
+    cdef int ready(self) except -1
+    cdef int done(self) except -1
+    cdef int fail(self, object error) except -1
+    cdef int begin_score(self) except -1
+    cdef int finish_score(self) except -1
+    cdef int begin_many(self) except -1
+    cdef int begin_infer(self) except -1

@@ -9,20 +9,28 @@ that llhttp has accepted, from its first byte to the last byte of its body's len
 cimport cython
 from cpython.bytearray cimport PyByteArray_GET_SIZE
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport free, realloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy
 
 import asyncio
 import sys
 import time
 import traceback
+import zlib
 
 import httptools
 import msgspec
 
-from penstock.errors import LogError
+from penstock.errors import InProgress, LogError
+
+from penstock._ext.core cimport BLOCK_ROWS, Block, Core, run_block
+from penstock._ext.decision cimport Decision
+from penstock._ext.flow cimport DONE, FULL, INLINE, LATE, MORE, NATIVE, QUEUE, Flow, Lane, Work, native_call
+from penstock._ext.infer cimport InferCall, ServedModel, Target
+from penstock._ext.steps cimport Pipe, Source
+from penstock._ext.wire cimport OUT_SOFT, WireConnection, WireServer
+
+from penstock._ext.infer import InferError
 
 cdef extern from "http_head.h" nogil:
     ctypedef struct ps_http_fields:
@@ -31,58 +39,51 @@ cdef extern from "http_head.h" nogil:
         uint32_t hosts
         int chunked
         int expect
-        int encoded
+        int encoding
+        int accepts
         int64_t upgrade
+        int64_t inference
     int64_t ps_http_now()
     int64_t ps_http_blank_line(const char *p, size_t n)
     uint64_t ps_http_hash(const char *p, size_t n)
     ps_http_fields ps_http_scan(const char *head, size_t n)
 
-cdef extern from "sys/socket.h" nogil:
-    ssize_t socket_send "send" (int fd, const void *data, size_t n, int flags)
-    int MSG_NOSIGNAL
-    int MSG_DONTWAIT
-
-cdef extern from "sys/ioctl.h" nogil:
-    int ioctl(int fd, unsigned long request, int *value)
-    unsigned long FIONREAD
-
 cdef enum:
     SCORE = 1
     EVENTS = 2
     HANDLER = 3
+    INFER = 4
+    ASYNC = 5
 
 cdef enum:
     IN_HEAD = 0
     IN_BODY = 1
     IN_CHUNKS = 2
-    CLOSED = 3
 
 cdef enum:
-    OUT_SOFT = 65536           # answers of one read beyond this are written before the next is formed
-    SEND_TOGETHER = 16
-    OUT_KEEP = 4194304         # an output buffer larger than this is given back once it is empty
     HEAD_CACHED = 1024         # longest head that is remembered
-    DISCARD_MAX = 4194304      # bytes read and dropped after a refusal, so that the peer can read the answer
     WIRE_FACTOR = 4            # a chunked body may take this many times the body limit on the wire
+    RESOLVED = 4096            # paths of models that are remembered
+    COMPRESS_FROM = 1024       # answers of fewer bytes are sent as they are
+    GZIP = 1
+    DEFLATE = 2
 
-cdef int64_t LINGER_NS = 2000000000
-
-STATUSES = (200, 400, 404, 405, 408, 413, 415, 417, 422, 431, 500, 503, 0)
+STATUSES = (200, 400, 404, 405, 408, 409, 413, 415, 417, 422, 431, 500, 501, 503, 0)
 BUCKETS = (10e-6, 20e-6, 30e-6, 50e-6, 75e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 100e-3, 1.0)
 cdef int64_t BOUNDS[16]
 for _i, _b in enumerate(BUCKETS):
     BOUNDS[_i] = <int64_t>round(_b * 1e9)
 
 cdef dict PHRASES = {
-    200: b"OK", 400: b"Bad Request", 404: b"Not Found", 405: b"Method Not Allowed", 408: b"Request Timeout",
+    200: b"OK", 400: b"Bad Request", 404: b"Not Found", 405: b"Method Not Allowed", 408: b"Request Timeout", 409: b"Conflict",
     413: b"Content Too Large", 415: b"Unsupported Media Type", 417: b"Expectation Failed",
     422: b"Unprocessable Content", 431: b"Request Header Fields Too Large", 500: b"Internal Server Error",
-    503: b"Service Unavailable",
+    501: b"Not Implemented", 503: b"Service Unavailable",
 }
 cdef dict STATUS_LINES = {s: b"HTTP/1.1 %d %s\r\nContent-Type: " % (s, p) for s, p in PHRASES.items()}
 cdef dict STATUS_INDEX = {s: i for i, s in enumerate(STATUSES)}
 cdef bytes JSON = b"application/json"
+cdef bytes OCTETS = b"application/octet-stream"
 cdef bytes OK_JSON = STATUS_LINES[200] + JSON + b"\r\nContent-Length: "
 cdef bytes CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 cdef bytes NOTHING = b""
@@ -109,23 +110,27 @@ class RequestError(Exception):
 cdef class Route:
     """One path of the server and its counters.
 
-    kind "score" and "events" are answered here: `decode_one`, `decode_many` turn a body into wire objects, and
-    `call_one(index, object, ...)`, `call_many(index, list, ...)` are the engine's. kind "handler" calls
-    `handler(query: str, body: bytes) -> (status, content_type: bytes, payload: bytes)`.
+    kind "score" and "events" are answered here: `decode_one`, `decode_many` turn a body into wire objects, `core` and
+    `index` say which pipeline or event type. kind "infer" runs `target`'s model. kind "handler" calls
+    `handler(query: str, body: bytes) -> (status, content_type: bytes, payload: bytes)`; kind "async" awaits it, and only
+    its own connection waits. lane: queue and limits of score, events and infer. errors: "penstock" or "oip".
     """
 
-    def __init__(self, str label, str kind, tuple methods, *, index=None, decode_one=None, decode_many=None,
-                 call_one=None, call_many=None, handler=None):
+    def __init__(self, str label, str kind, tuple methods, *, int index=0, core=None, decode_one=None, decode_many=None,
+                 handler=None, Target target=None, Lane lane=None, str errors="penstock"):
         self.label = label
         self.kind = kind
         self.methods = methods
-        self.native = {"score": SCORE, "events": EVENTS, "handler": HANDLER}[kind]
+        self.native = {"score": SCORE, "events": EVENTS, "handler": HANDLER, "infer": INFER, "async": ASYNC}[kind]
         self.index = index
+        self.core = core
+        self.pipe = core.pipes[index] if kind == "score" else None
         self.decode_one = decode_one
         self.decode_many = decode_many
-        self.call_one = call_one
-        self.call_many = call_many
         self.handler = handler
+        self.target = target
+        self.lane = target.lane if target is not None and lane is None else lane
+        self.oip = {"penstock": False, "oip": True}[errors]
 
     def counters(self):
         """`{"buckets": counts per bound of BUCKETS and above, "count", "seconds", "statuses": {status: n}}`."""
@@ -156,50 +161,45 @@ cdef class Head:
 
 cdef Head NO_HEAD = Head()
 NO_HEAD.content_length = -1
+NO_HEAD.inference = -1
 
 
 @cython.final
-cdef class HttpServer:
+cdef class HttpServer(WireServer):
     """What the connections of one server share: routes, limits, remembered heads, the output buffer, counters.
 
-    routes: path -> Route. not_found(path) -> message for a 404. event_error: the exception type of refused events,
-    with `.path` and `.message`. Timeouts are in seconds, sizes in bytes.
+    routes: path -> Route. resolve(path) -> Route or None is asked about other paths; what it gives is remembered until
+    forget(). not_found(path) -> message for a 404. event_error: the exception type of refused events, with `.path` and
+    `.message`. Timeouts are in seconds, sizes in bytes.
     """
 
-    def __init__(self, dict routes, *, not_found, event_error, log=None, max_body=1 << 20, max_head=16384,
-                 max_fields=100, max_connections=10000, head_timeout=10.0, body_timeout=10.0, idle_timeout=75.0,
-                 write_timeout=30.0):
+    def __init__(self, dict routes, *, not_found, event_error, Flow flow=None, resolve=None, log=None, max_body=1 << 20,
+                 max_head=16384, max_fields=100, max_connections=10000, head_timeout=10.0, body_timeout=10.0,
+                 idle_timeout=75.0, write_timeout=30.0):
+        WireServer.__init__(self, Flow() if flow is None else flow, max_connections=max_connections,
+                            write_timeout=write_timeout)
         self.routes = routes
+        self.resolved = {}
+        self.resolve = resolve
         self.not_found = not_found
         self.event_error = event_error
         self.log = log
         self.heads = [None] * N_HEADS
-        self.connections = set()
         self.errors = {}
         self.unmatched = Route("other", "handler", ())
+        self.unmatched_oip = Route("v2/other", "handler", (), errors="oip")
         self.max_body = max_body
         self.max_head = max_head
         self.max_fields = max_fields
-        self.max_connections = max_connections
         self.head_timeout = <int64_t>(head_timeout * 1e9)
         self.body_timeout = <int64_t>(body_timeout * 1e9)
         self.idle_timeout = <int64_t>(idle_timeout * 1e9)
-        self.write_timeout = <int64_t>(write_timeout * 1e9)
         self.reuse_heads = True
-        self.waiting = []
         self.tell_date()
-
-    def __dealloc__(self):
-        free(self.ends)
-        free(self.out)
 
     def __call__(self):
         """A protocol for one connection (the factory that `loop.create_server` wants)."""
         return Connection(self)
-
-    @property
-    def open_connections(self):
-        return len(self.connections)
 
     @property
     def error_counts(self):
@@ -207,7 +207,12 @@ cdef class HttpServer:
 
     def all_routes(self):
         """Every Route once, the one that counts unmatched requests last."""
-        return [*dict.fromkeys(self.routes.values()), self.unmatched]
+        return [*dict.fromkeys([*self.routes.values(), *self.resolved.values()]), self.unmatched_oip, self.unmatched]
+
+    def forget(self, str prefix="/"):
+        """Ask `resolve` anew about paths that begin so."""
+        self.resolved = {path: route for path, route in self.resolved.items() if not path.startswith(prefix)}
+        self.heads = [None] * N_HEADS
 
     def tell_date(self):
         """Renew the Date field: called once per sweep, so that no request formats a date."""
@@ -217,125 +222,20 @@ cdef class HttpServer:
 
     def sweep(self):
         """Close what has waited too long: 408 for half a request, silently where nothing was asked."""
-        cdef int64_t now = ps_http_now()
-        cdef Connection c
         self.tell_date()
-        self.send_all()
-        for c in list(self.connections):
-            if c.transport is None:
-                continue
-            if c.state == CLOSED:                      # the last answer goes out, then what still arrives is dropped
-                if now - c.since > (self.write_timeout if c.transport.get_write_buffer_size() else LINGER_NS):
-                    c.transport.abort()
-            elif c.paused:
-                if c.blocked_bytes != c.transport.get_write_buffer_size():
-                    c.blocked_bytes = c.transport.get_write_buffer_size()
-                    c.blocked_since = now
-                elif now - c.blocked_since > self.write_timeout:
-                    c.transport.abort()
-            elif c.state == IN_HEAD and not c.tail:
-                if now - c.since > self.idle_timeout:
-                    c.transport.close()
-            elif now - c.since > (self.head_timeout if c.state == IN_HEAD else self.body_timeout):
-                part = "head" if c.state == IN_HEAD else "body"
-                c.hang_up(408, "timeout", f"{part}: the rest of the request did not arrive in time")
+        WireServer.sweep(self)
 
-    def close_idle(self, bint force=False):
-        """Close connections with no request under way (all with `force`); returns how many stay open."""
-        cdef Connection c
-        cdef int waiting
-        self.send_all()
-        for c in list(self.connections):
-            if c.transport is None:
-                continue
-            waiting = 0
-            if force:
-                c.transport.abort()
-            elif c.state == IN_HEAD and not c.tail and not c.paused:
-                if ioctl(c.fd, FIONREAD, &waiting) != 0 or waiting == 0:
-                    c.transport.close()
-        return len(self.connections)
-
-    def send_waiting(self):
-        """Send what the connections answered in this round of the loop (the loop calls it once per such round).
-
-        Sending together wakes the peers once, not once per answer: 0.7 us less CPU per request. More than SEND_TOGETHER
-        would save little more, and the first of them would wait.
-        """
-        self.called = False
-        self.send_all()
-
-    cdef int queue(self, Connection connection) except -1:
-        """Leave the answers formed since the last call to the end of the round, or to when there are enough."""
-        cdef Py_ssize_t n = len(self.waiting)
-        cdef size_t *grown
-        if self.out_n == self.out_from:
-            return 0
-        if n and self.waiting[n - 1] is connection:
-            n -= 1
-        else:
-            if n == self.ends_cap:
-                grown = <size_t *>realloc(self.ends, (2 * n + 64) * sizeof(size_t))
-                if grown == NULL:
-                    raise MemoryError()
-                self.ends = grown
-                self.ends_cap = 2 * n + 64
-            if n == 0 and not self.called:
-                self.called = True
-                self.call_soon(self.send_waiting)
-            self.waiting.append(connection)
-        self.ends[n] = self.out_n
-        self.out_from = self.out_n
-        if n + 1 >= SEND_TOGETHER:
-            self.send_all()
-        return 0
-
-    cdef int send_all(self) except -1:
-        cdef list waiting = self.waiting
-        cdef Connection c
-        cdef Py_ssize_t i
-        cdef size_t start = 0
-        cdef bint lost = False
-        if self.event_log is not None and len(waiting):
-            # One sync for all that arrived together. What cannot be kept is not acknowledged.
-            try:
-                self.event_log.wait()
-            except LogError as error:
-                lost = True
-                print(f"penstock: {error}", file=sys.stderr, flush=True)
-        for i in range(len(waiting)):
-            c = <Connection>waiting[i]
-            if lost:
-                if c.transport is not None:
-                    c.transport.abort()
-                continue
-            c.send(self.out + start, self.ends[i] - start)
-            start = self.ends[i]
-        waiting.clear()
-        self.out_n = 0
-        self.out_from = 0
-        if self.out_cap > OUT_KEEP:
-            free(self.out)
-            self.out = NULL
-            self.out_cap = 0
-        return 0
-
-    cdef int put(self, const char *p, size_t n) except -1:
-        cdef size_t cap
-        cdef char *grown
-        if self.out_n + n > self.out_cap:
-            cap = max(self.out_cap * 2, self.out_n + n, 16384)
-            grown = <char *>realloc(self.out, cap)
-            if grown == NULL:
-                raise MemoryError()
-            self.out = grown
-            self.out_cap = cap
-        memcpy(self.out + self.out_n, p, n)
-        self.out_n += n
-        return 0
-
-    cdef int put_bytes(self, bytes b) except -1:
-        return self.put(PyBytes_AS_STRING(b), PyBytes_GET_SIZE(b))
+    cdef Route route_of(self, str path):
+        cdef object route = self.routes.get(path)
+        if route is None and self.resolve is not None:
+            route = self.resolved.get(path)
+            if route is None:
+                route = self.resolve(path)
+                if route is not None:
+                    if len(self.resolved) >= RESOLVED:
+                        self.resolved.clear()
+                    self.resolved[path] = route
+        return route
 
     cdef Head find(self, const char *p, size_t n):
         cdef object found = (<list>self.heads)[<Py_ssize_t>(ps_http_hash(p, n) % N_HEADS)]
@@ -350,18 +250,6 @@ cdef class HttpServer:
         cdef size_t n = PyBytes_GET_SIZE(head.raw)
         (<list>self.heads)[<Py_ssize_t>(ps_http_hash(PyBytes_AS_STRING(head.raw), n) % N_HEADS)] = head
         return 0
-
-
-cdef int put_number(HttpServer server, int64_t value) except -1:
-    cdef char digits[24]
-    cdef int i = 24
-    while True:
-        i -= 1
-        digits[i] = <char>(48 + value % 10)
-        value //= 10
-        if value == 0:
-            break
-    return server.put(digits + i, 24 - i)
 
 
 cdef tuple split_path(str place, str message):
@@ -379,93 +267,45 @@ cdef str shown(bytes text):
 
 @cython.final
 @cython.no_gc_clear
-cdef class Connection:
-    """The protocol of one connection (uvloop calls it; every method runs on the loop's thread)."""
+cdef class Connection(WireConnection):
+    """The protocol of one HTTP connection (every method runs on the loop's thread)."""
 
     def __cinit__(self, HttpServer server):
         self.server = server
+        self.wire = server
         self.fd = -1
         self.state = IN_HEAD
         self.tail = bytearray()
         self.url = NOTHING
         self.head = NO_HEAD
 
-    # What uvloop calls.
+    # What the connection below asks.
 
-    def connection_made(self, transport):
-        cdef HttpServer server = self.server
-        self.transport = transport
-        self.since = ps_http_now()
-        self.started = self.since
-        self.fd = transport.get_extra_info("socket").fileno()
-        transport.set_write_buffer_limits(high=OUT_SOFT)
-        if server.call_soon is None:
-            server.call_soon = asyncio.get_running_loop().call_soon
-        server.accepted += 1
-        server.connections.add(self)
-        if len(server.connections) > server.max_connections:
-            server.refused += 1
-            self.hang_up(503, "too_many_connections", f"connections: {server.max_connections} are open already; retry later")
+    cdef int too_many(self) except -1:
+        return self.hang_up(503, "too_many_connections",
+                            f"connections: {self.server.max_connections} are open already; retry later")
 
-    def connection_lost(self, exc):
-        # Only after this does uvloop close the descriptor, whose number may then name another connection.
-        self.server.connections.discard(self)
-        self.transport = None
-        self.fd = -1
+    cdef int gone(self) except -1:
         self.parser = None
-        self.pending = None
         self.body = None
-        self.state = CLOSED
+        return 0
 
-    def data_received(self, bytes data):
-        if self.state == CLOSED:
-            self.discarded += PyBytes_GET_SIZE(data)
-            if self.discarded > DISCARD_MAX and self.transport is not None:
-                self.transport.abort()
-            return
-        if self.paused:
-            self.pending = data if self.pending is None else self.pending + data
-            return
-        self.started = ps_http_now()
-        self.consume(data)
-
-    def eof_received(self):
-        if self.state == CLOSED:
-            return False
-        if self.paused:
-            self.half_closed = True
-            return True
+    cdef int ended(self) except -1:
         if self.state != IN_HEAD or self.tail:
             self.hang_up(400, "incomplete_request", "request: the connection ended before the request did")
-        self.server.send_all()
-        if self.paused:
-            self.half_closed = True
-            return True
-        return False
+        return 0
 
-    def pause_writing(self):
-        """The peer does not read: form no more answers, and read no more requests."""
-        self.paused = True
-        self.blocked_since = ps_http_now()
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.pause_reading()
+    cdef bint idle(self) noexcept:
+        return self.state == IN_HEAD and PyByteArray_GET_SIZE(self.tail) == 0
 
-    def resume_writing(self):
-        cdef bytes data = self.pending
-        self.paused = False
-        self.pending = None
-        self.started = ps_http_now()
-        if self.state != CLOSED:
-            self.since = self.started
-        if self.transport is None:
-            return
-        if data is not None and self.state != CLOSED:
-            self.consume(data)
-        if not self.paused and self.transport is not None and not self.transport.is_closing():
-            if self.half_closed:
+    cdef int expire(self, int64_t now) except -1:
+        if self.idle():
+            if now - self.since > self.server.idle_timeout:
                 self.transport.close()
-            else:
-                self.transport.resume_reading()
+        elif now - self.since > (self.server.head_timeout if self.state == IN_HEAD else self.server.body_timeout):
+            part = "head" if self.state == IN_HEAD else "body"
+            self.hang_up(408, "timeout", f"{part}: the rest of the request did not arrive in time")
+        return 0
 
     # What llhttp calls, through httptools.
 
@@ -493,7 +333,7 @@ cdef class Connection:
             (<bytearray>self.body).extend(part)
 
     def on_message_complete(self):
-        self.ended += 1
+        self.complete += 1
 
     # The work.
 
@@ -503,46 +343,40 @@ cdef class Connection:
         cdef const char *p = PyBytes_AS_STRING(data)
         cdef Py_ssize_t n = PyBytes_GET_SIZE(data)
         cdef Py_ssize_t pos = 0
+        cdef Py_ssize_t body_n
         cdef int64_t head_n
         cdef Head head
-        try:
-            while pos < n and self.state != CLOSED:
-                if server.out_n > OUT_SOFT:
-                    server.queue(self)
-                    server.send_all()
-                    if self.paused:
-                        self.pending = data[pos:]
-                        return 0
-                if self.state == IN_HEAD and server.reuse_heads and PyByteArray_GET_SIZE(self.tail) == 0:
-                    head_n = ps_http_blank_line(p + pos, n - pos)
-                    if head_n > 0:
-                        head = server.find(p + pos, head_n)
-                        if head is not None and head_n + max(head.content_length, 0) <= n - pos:
-                            server.head_hits += 1
-                            pos += head_n
-                            body = PyBytes_FromStringAndSize(p + pos, max(head.content_length, 0))
-                            pos += max(head.content_length, 0)
-                            self.last = pos == n
-                            self.answer(head, body)
-                            if self.closing:
-                                self.linger = self.linger or pos < n
-                                break
-                            continue
-                        server.head_misses += 1
-                pos = self.parse(data, pos)
-                if self.closing:
-                    self.linger = self.linger or pos < n
-                    break
-            server.queue(self)
-            if self.closing and self.state != CLOSED:
-                self.finish()
-        except BaseException:
-            # A fault of ours: nothing of a half-formed answer may reach another connection.
-            server.out_n = server.out_from
-            self.state = CLOSED
-            if self.transport is not None:
-                self.transport.abort()
-            raise
+        while pos < n and not self.closed:
+            if server.out_n > OUT_SOFT:
+                server.queue(self)
+                server.send_all()
+                if self.paused:
+                    self.pending = data[pos:]
+                    return 0
+            if self.state == IN_HEAD and server.reuse_heads and PyByteArray_GET_SIZE(self.tail) == 0:
+                head_n = ps_http_blank_line(p + pos, n - pos)
+                if head_n > 0:
+                    head = server.find(p + pos, head_n)
+                    if head is not None and head_n + max(head.content_length, 0) <= n - pos:
+                        server.head_hits += 1
+                        body_n = max(head.content_length, 0)
+                        pos += head_n + body_n
+                        self.last = pos == n
+                        self.answer(head, p + pos - body_n, body_n, None)
+                        if self.closing or self.busy:
+                            break
+                        continue
+                    server.head_misses += 1
+            pos = self.parse(data, pos)
+            if self.closing or self.busy:
+                break
+        server.queue(self)
+        if self.busy:
+            if pos < n:
+                self.pending = data[pos:]
+        elif self.closing and not self.closed:
+            self.linger = self.linger or pos < n
+            self.finish()
         return 0
 
     cdef Py_ssize_t piece_end(self, bytes data, Py_ssize_t pos) except -2:
@@ -563,7 +397,7 @@ cdef class Connection:
 
     cdef int feed(self, bytes piece) except -1:
         """Give llhttp a piece. Returns 0, or 1 after answering a refusal."""
-        self.begun = self.headed = self.ended = 0
+        self.begun = self.headed = self.complete = 0
         if self.parser is None:
             self.parser = RequestParser(self)
         try:
@@ -592,7 +426,7 @@ cdef class Connection:
             self.body_left -= end - pos
             if self.feed(data[pos:end]):
                 return end
-            if self.begun or complete != (self.ended == 1):
+            if self.begun or complete != (self.complete == 1):
                 self.hang_up(400, "bad_request", "body: it does not end where Content-Length says")
             elif complete:
                 self.last = end == n
@@ -609,9 +443,9 @@ cdef class Connection:
                 return end
             if self.body_n > server.max_body or self.body_left > WIRE_FACTOR * server.max_body + server.max_head:
                 self.hang_up(413, "body_too_large", f"body: more than {server.max_body} bytes")
-            elif self.begun or (self.ended and not complete):
+            elif self.begun or (self.complete and not complete):
                 self.hang_up(400, "bad_request", "body: it does not end where its chunks say")
-            elif self.ended:
+            elif self.complete:
                 self.last = end == n
                 self.tail.clear()
                 self.message_done()
@@ -650,7 +484,7 @@ cdef class Connection:
                 self.head_done(raw)
             else:
                 self.hang_up(400, "bad_request", "head: the offer to upgrade could not be read")
-        elif self.state != CLOSED and not self.closing:
+        elif not self.closed and not self.closing:
             self.hang_up(400, "bad_request", "head: the offer to upgrade could not be read")
 
     cdef int head_done(self, bytes raw) except -1:
@@ -673,6 +507,9 @@ cdef class Connection:
         head.http10 = version != "1.1"
         head.head_only = method == "HEAD"
         head.ingest = True
+        head.inference = fields.inference
+        head.encoding = fields.encoding
+        head.accepts = fields.accepts
         self.head = head
         self.body = None
         self.body_n = 0
@@ -692,31 +529,34 @@ cdef class Connection:
         if fields.expect == 2:
             return self.hang_up(417, "expectation_failed", "expect: only 100-continue is understood")
         path, query = self.target(self.url)
-        route = server.routes.get(path) if path is not None else None
+        route = server.route_of(path) if path is not None else None
         if path is None:
             self.refusal = (400, "bad_request", f"target: not a path: {shown(self.url)}", None, NOTHING)
         elif route is None:
+            if path.startswith("/v2"):
+                head.route = server.unmatched_oip
             self.refusal = (404, "not_found", server.not_found(path), None, NOTHING)
         elif method not in route.methods:
             head.route = route
             self.refusal = (405, "method_not_allowed", f"method: {path} answers {' and '.join(route.methods)}, got {method}",
                             None, b"Allow: " + ", ".join(route.methods).encode() + b"\r\n")
-        elif fields.encoded:
+        elif fields.encoding > DEFLATE:
             head.route = route
-            self.refusal = (415, "unsupported_encoding", "content-encoding: send the body as it is (identity)", None, NOTHING)
+            self.refusal = (415, "unsupported_encoding", "content-encoding: send the body as it is, or as gzip or deflate",
+                            None, NOTHING)
         else:
             head.route = route
             head.query = query
-            if route.native != HANDLER:
+            if route.native == SCORE or route.native == EVENTS:
                 try:
-                    head.ingest, head.explain = self.options(route, query)
+                    self.options(head, route, query)
                 except RequestError as error:
                     self.refusal = (error.status, error.code, error.message, error.path, NOTHING)
         self.cacheable = (
             self.refusal is None and not fields.chunked and not fields.expect and fields.upgrade < 0
             and PyBytes_GET_SIZE(raw) <= HEAD_CACHED
         )
-        if self.ended:
+        if self.complete:
             if fields.content_length > 0 or fields.chunked:
                 return self.hang_up(400, "bad_request", "body: missing")
             return self.message_done()
@@ -758,20 +598,29 @@ cdef class Connection:
             return None, ""
 
     @staticmethod
-    def options(Route route, str query):
-        """The (ingest, explain) of a query such as `explain=true&ingest=false`."""
-        given = {"ingest": True, "explain": False}
-        if route.native == EVENTS:
-            given = {}
+    def options(Head head, Route route, str query):
+        """The options of a query such as `explain=true&timeout=5000`."""
+        known = ("ingest", "explain", "timeout", "priority") if route.native == SCORE else ("timeout", "priority")
         for item in query.split("&") if query else ():
             name, _, value = item.partition("=")
-            if name not in given:
-                known = " and ".join(given) or "none"
-                raise RequestError(400, "unknown_parameter", f"query: no parameter {name[:60]!r} here (known: {known})")
+            if name not in known:
+                raise RequestError(400, "unknown_parameter",
+                                   f"query: no parameter {name[:60]!r} here (known: {' and '.join(known)})")
+            if name in ("timeout", "priority"):
+                if not (value.isascii() and value.isdigit()) or len(value) > 15 or (name == "priority" and int(value) > 7):
+                    what = "a whole number of microseconds" if name == "timeout" else "0 to 7, 1 the highest"
+                    raise RequestError(400, "bad_parameter", f"query: {name} is {what}, got {value[:60]!r}")
+                if name == "timeout":
+                    head.timeout_us = int(value)
+                else:
+                    head.priority = int(value)
+                continue
             if value not in ("true", "false", "1", "0"):
                 raise RequestError(400, "bad_parameter", f"query: {name} is true or false, got {value[:60]!r}")
-            given[name] = value in ("true", "1")
-        return given.get("ingest", True), given.get("explain", False)
+            if name == "ingest":
+                head.ingest = value in ("true", "1")
+            else:
+                head.explain = value in ("true", "1")
 
     cdef int message_done(self) except -1:
         cdef Head head = self.head
@@ -791,60 +640,231 @@ cdef class Connection:
             body = NOTHING
         elif not isinstance(body, bytes):
             body = bytes(body)
-        return self.answer(head, body)
+        return self.answer(head, PyBytes_AS_STRING(<bytes>body), PyBytes_GET_SIZE(<bytes>body), <bytes>body)
 
-    cdef int answer(self, Head head, bytes body) except -1:
-        """Score, ingest, or call the handler, and put the response into the output buffer."""
+    cdef int answer(self, Head head, const char *p, size_t n, bytes held) except -1:
+        """Answer a request: at once, or by a Work that waits. `held`: the bytes that p points into, where the body is
+        an object of its own; else it lies in the receive buffer."""
         cdef Route route = head.route
-        cdef bytes payload
-        cdef bytes kind
-        cdef const char *p = PyBytes_AS_STRING(body)
-        cdef const char *end = p + PyBytes_GET_SIZE(body)
-        cdef bint many
-        cdef list parts
         cdef int status
+        cdef bytes kind, payload
         try:
-            if route.native == HANDLER:
-                status, kind, payload = route.handler(head.query, body)
-                return self.respond(head, status, kind, payload, NOTHING)
-            while p < end and (p[0] == b" " or p[0] == b"\n" or p[0] == b"\r" or p[0] == b"\t"):
-                p += 1
-            if p == end:
-                raise RequestError(400, "malformed_json", "body: expected a JSON object or an array of them, got nothing", "$")
-            many = p[0] == b"["
-            if route.native == SCORE:
-                if not many:
-                    decision = route.call_one(route.index, route.decode_one(body), head.ingest, head.explain)
-                    payload = decision.json(True) if head.explain else decision.json()
-                else:
-                    parts = []
-                    for decision in route.call_many(route.index, route.decode_many(body), head.ingest, head.explain):
-                        parts.append(decision.json(head.explain))
-                    payload = b"[" + b",".join(parts) + b"]"
-            else:
-                outcomes = {}
-                if not many:
-                    outcomes[route.call_one(route.index, route.decode_one(body))] = 1
-                else:
-                    for outcome in route.call_many(route.index, route.decode_many(body)):
-                        outcomes[outcome] = outcomes.get(outcome, 0) + 1
-                payload = encode({"accepted": sum(outcomes.values()), "outcomes": outcomes})
+            if head.encoding:
+                held = self.inflate(head, p, n)
+                p = PyBytes_AS_STRING(held)
+                n = PyBytes_GET_SIZE(held)
+            if route.native == INFER:
+                return self.infer(head, p, n, held)
+            if route.native == SCORE or route.native == EVENTS:
+                return self.score(head, p, n, held)
+            if held is None:
+                held = PyBytes_FromStringAndSize(p, n)
+            if route.native == ASYNC:
+                return self.call(head, held)
+            status, kind, payload = route.handler(head.query, held)
         except Exception as error:
             return self.refuse_for(head, error)
-        return self.respond(head, 200, JSON, payload, NOTHING)
+        return self.respond(head, status, kind, payload, NOTHING)
 
-    cdef int respond(self, Head head, int status, bytes kind, bytes payload, bytes extra) except -1:
+    cdef bytes inflate(self, Head head, const char *p, size_t n):
+        """A compressed body as it was, at most max_body bytes of it."""
+        cdef bytes plain
+        stream = zlib.decompressobj(31 if head.encoding == GZIP else 15)
+        try:
+            plain = stream.decompress(PyBytes_FromStringAndSize(p, n), self.server.max_body + 1)
+        except zlib.error as error:
+            raise RequestError(400, "bad_encoding", f"body: not {'gzip' if head.encoding == GZIP else 'deflate'}: {error}")
+        if PyBytes_GET_SIZE(plain) > self.server.max_body:
+            raise RequestError(413, "body_too_large", f"body: more than {self.server.max_body} bytes when unpacked")
+        if not stream.eof or stream.unused_data:
+            raise RequestError(400, "bad_encoding", "body: the compressed data is cut short, or more follows it")
+        return plain
+
+    # scoring and ingesting
+
+    cdef int score(self, Head head, const char *p, size_t n, bytes held) except -1:
+        cdef Route route = head.route
+        cdef Lane lane = route.lane
+        cdef size_t at = 0
+        cdef int64_t rows = 1
+        cdef int64_t deadline = 0
+        cdef int admitted = INLINE
+        cdef HttpWork work
+        while at < n and (p[at] == b" " or p[at] == b"\n" or p[at] == b"\r" or p[at] == b"\t"):
+            at += 1
+        if at == n:
+            raise RequestError(400, "malformed_json", "body: expected a JSON object or an array of them, got nothing", "$")
+        if lane is not None:
+            if p[at] == b"[":
+                rows = max(<int64_t>1, <int64_t>n // lane.row_bytes)
+            admitted = self.server.flow.admit(lane, rows, self.started, self.started, head.timeout_us, head.priority, &deadline)
+            if admitted >= FULL:
+                return self.overloaded(head, admitted)
+        if held is None:
+            held = PyBytes_FromStringAndSize(p, n)
+        if admitted == INLINE:
+            return self.answer_events(head, held)
+        work = HttpWork.__new__(HttpWork)
+        work.body = held
+        work.lane = lane
+        work.rows = rows
+        work.deadline = deadline
+        work.priority = head.priority
+        work.head = head
+        return self.wait_for(work)
+
+    cdef int answer_events(self, Head head, bytes body) except -1:
+        """Score or ingest now, one event or an array, and put the answer into the output buffer."""
+        cdef Route route = head.route
+        cdef bytes payload
+        cdef const char *p = PyBytes_AS_STRING(body)
+        cdef Decision decision
+        cdef list events
+        cdef int64_t began
+        while p[0] == b" " or p[0] == b"\n" or p[0] == b"\r" or p[0] == b"\t":
+            p += 1
+        if p[0] == b"[":
+            events = route.decode_many(body)
+            if route.lane is not None and len(events):
+                (<Lane>route.lane).row_bytes = max(1, PyBytes_GET_SIZE(body) // len(events))
+            if route.native == SCORE:
+                return self.answer_many(head, route.core.score_many(route.index, events, head.ingest, head.explain))
+            return self.answer_many(head, route.core.ingest_many(route.index, events))
+        if route.native == SCORE:
+            decision = route.core.score(route.index, route.decode_one(body), head.ingest, head.explain)
+            payload = decision.json(True) if head.explain else decision.json()
+        else:
+            payload = encode({"accepted": 1, "outcomes": {route.core.ingest(route.index, route.decode_one(body)): 1}})
+        began = self.started
+        self.respond(head, 200, JSON, payload, NOTHING)
+        if route.lane is not None:
+            (<Lane>route.lane).observe(1, self.started - began)
+        return 0
+
+    cdef int answer_many(self, Head head, list answers) except -1:
+        """The decisions, or the outcomes, of an array."""
+        cdef list parts
+        cdef int64_t began = self.started
+        if head.route.native == SCORE:
+            parts = []
+            for decision in answers:
+                parts.append((<Decision>decision).json(head.explain))
+            self.respond(head, 200, JSON, b"[" + b",".join(parts) + b"]", NOTHING)
+        else:
+            outcomes = {}
+            for outcome in answers:
+                outcomes[outcome] = outcomes.get(outcome, 0) + 1
+            self.respond(head, 200, JSON, encode({"accepted": len(answers), "outcomes": outcomes}), NOTHING)
+        if head.route.lane is not None and not self.busy:
+            (<Lane>head.route.lane).observe(len(answers), self.started - began)
+        return 0
+
+    # inference
+
+    cdef int infer(self, Head head, const char *p, size_t n, bytes held) except -1:
+        cdef Target target = head.route.target
+        cdef ServedModel model = target.model
+        cdef Lane lane = target.lane
+        cdef InferCall call
+        cdef HttpWork work
+        cdef int64_t began
+        cdef int64_t deadline = 0
+        cdef int admitted = INLINE
+        if model is None:
+            raise RequestError(404, "not_found", f"model {target.name!r} is not loaded")
+        if head.inference < -1 or head.inference > <int64_t>n:
+            raise RequestError(400, "bad_request", "Inference-Header-Content-Length: expected the bytes of the JSON header, "
+                                                   f"at most the body's {n}")
+        call = InferCall.of_http(model, p, n, head.inference)
+        if lane is not None:
+            admitted = self.server.flow.admit(lane, call.rows, self.started, self.started, call.timeout_us, call.priority,
+                                              &deadline)
+            if admitted >= FULL:
+                return self.overloaded(head, admitted)
+        if admitted == INLINE:
+            call.run()
+            call.finish()
+            began = self.started
+            self.respond_infer(head, call)
+            if lane is not None:
+                lane.observe(call.rows, self.started - began)
+            return 0
+        work = HttpWork.__new__(HttpWork)
+        if held is None:
+            held = PyBytes_FromStringAndSize(p, n)
+            call = InferCall.of_http(model, PyBytes_AS_STRING(held), n, head.inference)
+        work.body = held
+        work.inference = call
+        work.lane = lane
+        work.rows = call.rows
+        work.deadline = deadline
+        work.priority = call.priority
+        work.head = head
+        return self.wait_for(work)
+
+    # what waits
+
+    cdef int wait_for(self, HttpWork work) except -1:
+        """This connection's later requests wait until `work` has answered."""
+        work.connection = self
+        work.arrival = self.started
+        self.busy = True
+        return self.server.flow.submit(work)
+
+    cdef int released(self) except -1:
+        """The request that was waited for is answered: send, then go on reading."""
+        self.busy = False
+        if self.transport is None:
+            return 0
+        self.server.queue(self)
+        if self.closing and not self.closed:
+            self.linger = self.linger or self.pending is not None
+            self.finish()
+        elif not self.paused:
+            self.read_on()
+        return 0
+
+    cdef int call(self, Head head, bytes body) except -1:
+        """Await a handler; this connection's later requests wait."""
+        self.busy = True
+        asyncio.ensure_future(self.awaited(head, body, self.started))
+        return 0
+
+    async def awaited(self, Head head, bytes body, int64_t started):
+        try:
+            status, kind, payload = await head.route.handler(head.query, body)
+            error = None
+        except Exception as failed:
+            error = failed
+        if self.transport is None:
+            self.busy = False
+            return
+        self.started = started
+        self.last = self.pending is None
+        if error is not None:
+            self.refuse_for(head, error)
+        else:
+            self.respond(head, status, kind, payload, NOTHING)
+        self.released()
+
+    # answers
+
+    cdef int start_line(self, Head head, int status, bytes kind) except -1:
         cdef HttpServer server = self.server
-        cdef int64_t now
         if not head.keep_alive or (server.draining and self.last):
             self.closing = True
         if status == 200 and kind is JSON:
-            server.put_bytes(OK_JSON)
-        else:
-            server.put_bytes(STATUS_LINES[status])
-            server.put_bytes(kind)
-            server.put(b"\r\nContent-Length: ", 18)
-        put_number(server, PyBytes_GET_SIZE(payload))
+            return server.put_bytes(OK_JSON)
+        server.put_bytes(STATUS_LINES[status])
+        server.put_bytes(kind)
+        return server.put(b"\r\nContent-Length: ", 18)
+
+    cdef int end_head(self, Head head, int64_t length, bytes extra) except -1:
+        self.server.put_number(length)
+        return self.end_fields(head, extra)
+
+    cdef int end_fields(self, Head head, bytes extra) except -1:
+        cdef HttpServer server = self.server
         server.put(server.date, server.date_n)
         if self.closing:
             server.put(b"\r\nConnection: close\r\n", 21)
@@ -854,22 +874,81 @@ cdef class Connection:
             server.put(b"\r\n", 2)
         if extra:
             server.put_bytes(extra)
-        server.put(b"\r\n", 2)
-        if not head.head_only:
-            server.put_bytes(payload)
-        now = ps_http_now()
-        observe(head.route if head.route is not None else server.unmatched,
+        return server.put(b"\r\n", 2)
+
+    cdef int count(self, Head head, int status) except -1:
+        cdef int64_t now = ps_http_now()
+        observe(head.route if head.route is not None else self.server.unmatched,
                 0 if status == 200 else STATUS_INDEX.get(status, len(STATUSES) - 1), now - self.started)
         self.started = now
         if self.state == IN_HEAD:
             self.since = now
         return 0
 
-    cdef int refuse(self, Head head, int status, str code, str message, str path, bytes extra) except -1:
+    cdef int respond(self, Head head, int status, bytes kind, bytes payload, bytes extra) except -1:
+        self.start_line(head, status, kind)
+        self.end_head(head, PyBytes_GET_SIZE(payload), extra)
+        if not head.head_only:
+            self.server.put_bytes(payload)
+        return self.count(head, status)
+
+    cdef int respond_infer(self, Head head, InferCall call) except -1:
+        cdef HttpServer server = self.server
+        cdef size_t json_n = PyBytes_GET_SIZE(call.json_head)
+        cdef size_t total = json_n
+        cdef size_t n = 0
+        cdef const char *part
+        cdef int i
+        for i in range(call.n_parts):
+            call.part(i, &n)
+            total += n
+        if head.accepts and total >= COMPRESS_FROM:
+            return self.respond_compressed(head, call)
+        self.start_line(head, 200, OCTETS if call.binary else JSON)
+        server.put_number(total)
+        if call.binary:
+            server.put(b"\r\nInference-Header-Content-Length: ", 35)
+            self.end_head(head, json_n, NOTHING)
+        else:
+            self.end_fields(head, NOTHING)
+        if not head.head_only:
+            server.put_bytes(call.json_head)
+            for i in range(call.n_parts):
+                part = call.part(i, &n)
+                server.put(part, n)
+        return self.count(head, 200)
+
+    cdef int respond_compressed(self, Head head, InferCall call) except -1:
+        cdef size_t n = 0
+        cdef const char *part
+        cdef int i
+        cdef list parts = [call.json_head]
+        cdef bint gzip = head.accepts & GZIP
+        for i in range(call.n_parts):
+            part = call.part(i, &n)
+            parts.append(PyBytes_FromStringAndSize(part, n))
+        stream = zlib.compressobj(1, zlib.DEFLATED, 31 if gzip else 15)
+        payload = stream.compress(b"".join(parts)) + stream.flush()
+        extra = b"Content-Encoding: gzip\r\n" if gzip else b"Content-Encoding: deflate\r\n"
+        if call.binary:
+            extra += b"Inference-Header-Content-Length: %d\r\n" % len(call.json_head)
+        return self.respond(head, 200, OCTETS if call.binary else JSON, payload, extra)
+
+    cdef int overloaded(self, Head head, int why) except -1:
+        """Refused by admission, or dropped from the queue: nothing of it was read beyond its head."""
+        if why == FULL:
+            return self.refuse(head, 503, "overloaded", "the queue is full; retry later", None, NOTHING)
+        return self.refuse(head, 503, "deadline", "it could not be answered by its deadline; retry later", None, NOTHING)
+
+    cdef int refuse(self, Head head, int status, str code, str message, object path, bytes extra) except -1:
         """The JSON error of a refused request."""
         cdef HttpServer server = self.server
         server.errors[code] = server.errors.get(code, 0) + 1
-        payload = encode({"error": {"code": code, "message": message.encode("utf-8", "replace").decode(), "path": path}})
+        message = message.encode("utf-8", "replace").decode()
+        if head.route is not None and head.route.oip:
+            payload = encode({"error": message})
+        else:
+            payload = encode({"error": {"code": code, "message": message, "path": path}})
         if status == 503:
             extra = b"Retry-After: 1\r\n" + extra
         return self.respond(head, status, JSON, payload, extra)
@@ -878,6 +957,9 @@ cdef class Connection:
         """The answer to an exception: what the caller did wrong is 4xx, only our own faults are 500."""
         if isinstance(error, RequestError):
             return self.refuse(head, error.status, error.code, error.message, error.path, NOTHING)
+        if isinstance(error, InferError):
+            return self.refuse(head, error.status, "invalid_inference" if error.status < 500 else "inference_failed",
+                               error.message, None, NOTHING)
         if isinstance(error, self.server.event_error):
             return self.refuse(head, 422, "invalid_event", error.message, "$" + error.path, NOTHING)
         if isinstance(error, ValidationError):
@@ -887,6 +969,8 @@ cdef class Connection:
             return self.refuse(head, 400, "malformed_json", str(error), "$", NOTHING)
         if isinstance(error, UnicodeError):
             return self.refuse(head, 400, "invalid_utf8", f"body: not UTF-8: {error.reason}", "$", NOTHING)
+        if isinstance(error, InProgress):
+            return self.refuse(head, 503, "in_progress", str(error), None, NOTHING)
         if isinstance(error, LogError):
             return self.refuse(head, 503, "log_refused", str(error), None, NOTHING)
         if isinstance(error, RecursionError):
@@ -912,44 +996,171 @@ cdef class Connection:
         self.linger = True
         self.refuse(head, status, code, message, None, NOTHING)
         self.started = now
-        self.server.queue(self)
         return self.finish()
 
-    cdef int send(self, const char *p, size_t n) except -1:
-        """One send; what the kernel does not take waits in the transport."""
-        cdef ssize_t sent = 0
-        if self.transport is None:
-            return 0
-        if self.spilled and self.transport.get_write_buffer_size() == 0:
-            self.spilled = False
-        if not self.spilled:
-            sent = socket_send(self.fd, p, n, MSG_NOSIGNAL | MSG_DONTWAIT)
-            if sent < 0:
-                if errno != EAGAIN and errno != EINTR:
-                    self.state = CLOSED
-                    self.transport.abort()
-                    return 0
-                sent = 0
-        if <size_t>sent < n:
-            self.spilled = True
-            self.transport.write(PyBytes_FromStringAndSize(p + sent, n - sent))
+
+cdef void run_inference(InferCall call) noexcept nogil:
+    call.run()
+
+
+@cython.final
+@cython.no_gc
+@cython.freelist(64)
+cdef class HttpWork(Work):
+    """A request that waits for its turn on the loop, or for a thread of the pool."""
+
+    cdef int begin(self) except -1:
+        cdef Connection connection = self.connection
+        cdef int got
+        if connection.transport is None and self.stage == 0:
+            self.inference = None                      # nobody waits for it any more
+            return DONE
+        try:
+            if self.inference is not None:
+                got = self.begin_infer()
+            elif self.stage or first_of(self.body) == b"[":
+                got = self.begin_many()
+            else:
+                got = self.begin_score()
+        except Exception as error:
+            self.fail(error)
+            return DONE
+        if got == DONE:
+            self.done()
+        return got
+
+    cdef int ready(self) except -1:
+        """Before an answer: the clock starts where the request came, and only what came since follows it."""
+        self.connection.started = self.arrival
+        self.connection.last = self.connection.pending is None
         return 0
 
-    cdef int finish(self) except -1:
-        """Close after the last answer. After a refusal what still arrives is read and dropped for a while: closing
-        with unread bytes would reset the connection, and the peer would lose the answer."""
-        if self.transport is None or self.state == CLOSED:
-            return 0
-        self.server.send_all()
-        if self.state == CLOSED:
-            return 0
-        self.state = CLOSED
-        self.since = ps_http_now()
-        self.parser = None
-        self.body = None
-        self.pending = None
-        if self.linger and self.transport.can_write_eof() and not self.transport.is_closing():
-            self.transport.write_eof()
+    cdef int done(self) except -1:
+        cdef Connection connection = self.connection
+        self.connection = None
+        self.inference = None
+        self.block = None
+        return connection.released()
+
+    cdef int fail(self, object error) except -1:
+        if self.connection.transport is not None:
+            self.ready()
+            self.connection.refuse_for(self.head, error)
+        return self.done()
+
+    cdef int refuse(self, int why) except -1:
+        if self.connection.transport is not None:
+            self.ready()
+            self.connection.overloaded(self.head, why)
+        return self.done()
+
+    cdef int begin_infer(self) except -1:
+        cdef int64_t began
+        if self.pooled:
+            self.job.call = <native_call>run_inference
+            self.job.arg = <void *>self.inference
+            return NATIVE
+        began = ps_http_now()
+        self.inference.run()
+        self.inference.finish()
+        self.ready()
+        self.connection.respond_infer(self.head, self.inference)
+        self.lane.observe(self.rows, ps_http_now() - began)
+        return DONE
+
+    cdef int begin_score(self) except -1:
+        """One event: on the pool; or together with those behind it that ask the same."""
+        cdef Route route = self.head.route
+        cdef int64_t began = ps_http_now()
+        cdef Decision decision
+        cdef bytes payload
+        if self.pooled and route.native == SCORE:
+            self.block = route.core.begin_apart(route.pipe, [route.decode_one(self.body)], self.head.ingest,
+                                                self.head.explain)
+            if self.block.n == 0:
+                self.finish_score()
+                return DONE
+            self.job.call = run_block
+            self.job.arg = &self.block.parts
+            return NATIVE
+        self.ready()
+        if route.native == SCORE:
+            decision = route.core.score(route.index, route.decode_one(self.body), self.head.ingest, self.head.explain)
+            payload = decision.json(self.head.explain)
         else:
-            self.transport.close()
-        return 0
+            payload = encode({"accepted": 1, "outcomes": {route.core.ingest(route.index, route.decode_one(self.body)): 1}})
+        self.connection.respond(self.head, 200, JSON, payload, NOTHING)
+        self.lane.observe(1, ps_http_now() - began)
+        return DONE
+
+    cdef int finish_score(self) except -1:
+        cdef object answer = self.head.route.core.end_apart(self.block)[0]
+        if self.connection.transport is None:
+            return 0
+        self.ready()
+        if isinstance(answer, Exception):
+            return self.connection.refuse_for(self.head, answer)
+        return self.connection.respond(self.head, 200, JSON, (<Decision>answer).json(self.head.explain), NOTHING)
+
+    cdef int begin_many(self) except -1:
+        """An array, a part at a time: first every event is checked, then they are done in order."""
+        cdef Route route = self.head.route
+        cdef int64_t began = ps_http_now()
+        cdef int64_t until = began + self.connection.server.flow.slice_ns
+        cdef Source source
+        cdef Py_ssize_t n, first
+        if self.stage == 0:
+            self.events = route.decode_many(self.body)
+            n = len(self.events)
+            self.lane.row_bytes = max(1, PyBytes_GET_SIZE(self.body) // max(1, n))
+            self.answers = []
+            self.at = 0
+            self.stage = 1
+        n = len(self.events)
+        source = route.pipe.source if route.native == SCORE else <Source>route.core.sources[route.index]
+        while self.stage == 1 and self.at < n:
+            first = self.at
+            self.at = min(n, first + BLOCK_ROWS)
+            route.core.check(source, self.events, first, self.at)
+            if ps_http_now() >= until:
+                return MORE
+        if self.stage == 1:
+            self.stage = 2
+            self.at = 0
+        first = self.at
+        while self.at < n:
+            if route.native == SCORE:
+                self.answers.append(route.core.score(route.index, self.events[self.at], self.head.ingest, self.head.explain))
+            else:
+                self.answers.append(route.core.ingest(route.index, self.events[self.at]))
+            self.at += 1
+            if self.at % 8 == 0 and ps_http_now() >= until:
+                self.lane.observe(self.at - first, ps_http_now() - began)
+                return MORE
+        if self.connection.transport is not None:
+            self.ready()
+            self.connection.answer_many(self.head, self.answers)
+        if self.at > first:
+            self.lane.observe(self.at - first, ps_http_now() - began)
+        return DONE
+
+    cdef int finish(self) except -1:
+        """The pool has run it."""
+        try:
+            if self.block is not None:
+                self.finish_score()
+            else:
+                self.inference.finish()
+                if self.connection.transport is not None:
+                    self.ready()
+                    self.connection.respond_infer(self.head, self.inference)
+        except Exception as error:
+            return self.fail(error)
+        return self.done()
+
+
+cdef char first_of(bytes body) noexcept:
+    cdef const char *p = PyBytes_AS_STRING(body)
+    while p[0] == b" " or p[0] == b"\n" or p[0] == b"\r" or p[0] == b"\t":
+        p += 1
+    return p[0]

@@ -49,17 +49,56 @@ typedef struct {
     uint32_t hosts;
     int chunked;            /* 0 no Transfer-Encoding, 1 exactly "chunked", 2 anything else */
     int expect;             /* 0 none, 1 "100-continue", 2 anything else */
-    int encoded;            /* a Content-Encoding other than identity */
+    int encoding;           /* Content-Encoding: 0 none or identity, 1 gzip, 2 deflate, 3 anything else */
+    int accepts;            /* Accept-Encoding: 1 gzip, 2 deflate, added */
     int64_t upgrade;        /* offset of the Upgrade field name, or -1 */
+    int64_t inference;      /* Inference-Header-Content-Length: -1 none, -2 no number */
 } ps_http_fields;
 
 static inline int ps_http_is(const char *p, size_t n, const char *name, size_t name_n) {
     return n == name_n && strncasecmp(p, name, n) == 0;
 }
 
+/* Digits to a number; -2 where there is anything else, or nothing. */
+static inline int64_t ps_http_number(const char *v, size_t n) {
+    int64_t total = 0;
+    if (n == 0 || n > 15) return -2;
+    for (size_t i = 0; i < n; i++) {
+        if (v[i] < '0' || v[i] > '9') return -2;
+        total = total * 10 + (v[i] - '0');
+    }
+    return total;
+}
+
+/* Which of gzip (1) and deflate (2) an Accept-Encoding names with a weight that is not 0. */
+static inline int ps_http_accepts(const char *v, size_t n) {
+    const char *end = v + n;
+    int found = 0;
+    while (v < end) {
+        const char *stop = (const char *)memchr(v, ',', (size_t)(end - v));
+        if (stop == NULL) stop = end;
+        while (v < stop && (*v == ' ' || *v == '\t')) v++;
+        const char *name = v;
+        while (v < stop && *v != ';' && *v != ' ' && *v != '\t') v++;
+        size_t name_n = (size_t)(v - name);
+        int bit = ps_http_is(name, name_n, "gzip", 4) ? 1 : ps_http_is(name, name_n, "deflate", 7) ? 2 : 0;
+        int zero = 0;
+        for (const char *q = v; q + 2 < stop; q++)
+            if ((*q == 'q' || *q == 'Q') && q[1] == '=') {
+                zero = q[2] == '0';
+                for (q += 3; q < stop && (*q == '.' || (*q >= '0' && *q <= '9')); q++)
+                    if (*q >= '1' && *q <= '9') zero = 0;
+                break;
+            }
+        if (!zero) found |= bit;
+        v = stop + 1;
+    }
+    return found;
+}
+
 /* head: the request line and header lines up to and including the blank line. */
 static inline ps_http_fields ps_http_scan(const char *head, size_t n) {
-    ps_http_fields f = {-1, 0, 0, 0, 0, 0, -1};
+    ps_http_fields f = {-1, 0, 0, 0, 0, 0, 0, -1, -1};
     const char *end = head + n, *line = (const char *)memchr(head, '\n', n);
     if (line != NULL) line++;
     while (line != NULL && line < end && *line != '\r') {
@@ -88,7 +127,13 @@ static inline ps_http_fields ps_http_scan(const char *head, size_t n) {
             } else if (ps_http_is(line, name, "expect", 6)) {
                 f.expect = f.expect == 0 && ps_http_is(v, value, "100-continue", 12) ? 1 : 2;
             } else if (ps_http_is(line, name, "content-encoding", 16)) {
-                if (!ps_http_is(v, value, "identity", 8)) f.encoded = 1;
+                int gzip = ps_http_is(v, value, "gzip", 4) || ps_http_is(v, value, "x-gzip", 6);
+                int coding = ps_http_is(v, value, "identity", 8) ? 0 : gzip ? 1 : ps_http_is(v, value, "deflate", 7) ? 2 : 3;
+                if (coding) f.encoding = f.encoding ? 3 : coding;
+            } else if (ps_http_is(line, name, "accept-encoding", 15)) {
+                f.accepts |= ps_http_accepts(v, value);
+            } else if (ps_http_is(line, name, "inference-header-content-length", 31)) {
+                f.inference = f.inference == -1 ? ps_http_number(v, value) : -2;
             } else if (ps_http_is(line, name, "upgrade", 7)) {
                 f.upgrade = line - head;
             }

@@ -95,12 +95,14 @@ class Served:
 
     def __init__(self, **limits: Any) -> None:
         from penstock import Engine
+        from penstock._ext.flow import Flow
         from penstock.server.config import ServerConfig
         from penstock.server.routes import build_server
 
         self.engine = Engine(APP)
         self.state = {"ready": True}
-        self.server = build_server(self.engine, ServerConfig(**limits), self.state)
+        self.flow = Flow(1)
+        self.server = build_server(self.engine, ServerConfig(**limits), self.state, flow=self.flow)
         self.period = min(0.5, ServerConfig(**limits).head_timeout / 4)
         self.started = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -114,6 +116,7 @@ class Served:
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.stop = asyncio.Event()
+        self.flow.start(self.loop)
         acceptor = await self.loop.create_server(self.server, "127.0.0.1", 0)
         self.port = acceptor.sockets[0].getsockname()[1]
         sweeper = asyncio.ensure_future(self._sweep())
@@ -123,6 +126,7 @@ class Served:
         acceptor.close()
         self.server.close_idle(force=True)
         await asyncio.sleep(0.01)
+        self.flow.stop()
 
     async def _sweep(self) -> None:
         while True:

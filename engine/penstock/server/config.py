@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -20,7 +20,7 @@ from msgspec import Meta
 from ..errors import PenstockError
 from ..offline.options import check_place, parse_retention, parse_sync
 
-__all__ = ["ConfigError", "ServerConfig", "load_config", "parse_flags"]
+__all__ = ["ConfigError", "Limits", "ServerConfig", "load_config", "parse_flags"]
 
 # Variables with our prefix that are not settings of the server.
 OTHER_VARIABLES = frozenset({"PENSTOCK_CACHE", "PENSTOCK_EXT"})
@@ -30,12 +30,36 @@ class ConfigError(PenstockError, ValueError):
     """A setting that is unknown or out of range; the message names where it was given."""
 
 
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one pipeline, event type or model may queue, where it differs: a table [limits.NAME] of penstock.toml."""
+
+    queue_rows: Annotated[int, Meta(ge=1)] | None = None
+    deadline: Annotated[float, Meta(ge=0, le=3600)] | None = None
+    max_deadline: Annotated[float, Meta(ge=0, le=3600)] | None = None
+
+
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of `penstock serve`. Sizes are in bytes, times in seconds."""
 
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     models: Annotated[str | None, Meta(description="model folder: DIR/<name>/<version>/model.*")] = None
+    models_control: Annotated[
+        Literal["none", "explicit", "poll"],
+        Meta(description="models are loaded: none at start; explicit on request; poll by watching the folder too"),
+    ] = "poll"
+    load: Annotated[str | None, Meta(description="with explicit: models to load at start, separated by commas")] = None
+    poll_interval: Annotated[float, Meta(gt=0, le=86400, description="between two looks at the model folder, s")] = 1.0
+    trace_file: Annotated[str | None, Meta(description="where traces go that a client of /v2 asks for")] = None
+    resp_port: Annotated[int | None, Meta(ge=0, le=65535, description="port for Redis clients; 0 takes a free one")] = (
+        None
+    )
+    grpc_port: Annotated[int | None, Meta(ge=0, le=65535, description="port for gRPC; 0 takes a free one")] = None
+    password: Annotated[str | None, Meta(description="what Redis clients must say with AUTH")] = None
+    queue_rows: Annotated[int, Meta(ge=1, description="rows that may wait per pipeline or model")] = 4096
+    deadline: Annotated[float, Meta(ge=0, le=3600, description="of a request that names none, s; 0: none")] = 5.0
+    max_deadline: Annotated[float, Meta(ge=0, le=3600, description="longest that a request may ask for, s")] = 60.0
+    pool_threads: Annotated[int, Meta(ge=1, le=64, description="native threads for models over 1 ms")] = 2
     log: Annotated[str | None, Meta(description="folder of the event log; without one a restart starts empty")] = None
     log_sync: Annotated[
         str, Meta(description="always: an answer waits for its sync; 10ms: a power cut loses at most that; never")
@@ -55,6 +79,16 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     idle_timeout: Annotated[float, Meta(gt=0, le=86400, description="for a connection without a request, s")] = 75.0
     write_timeout: Annotated[float, Meta(gt=0, le=86400, description="for a client that does not read, s")] = 30.0
     drain_timeout: Annotated[float, Meta(gt=0, le=86400, description="for requests under way when stopping, s")] = 10.0
+    limits: dict[str, Limits] = {}
+
+    def limits_of(self, name: str) -> Limits:
+        """The limits of one pipeline, event type or model, none of them None."""
+        own = self.limits.get(name, Limits())
+        return Limits(
+            queue_rows=self.queue_rows if own.queue_rows is None else own.queue_rows,
+            deadline=self.deadline if own.deadline is None else own.deadline,
+            max_deadline=self.max_deadline if own.max_deadline is None else own.max_deadline,
+        )
 
 
 def load_config(
@@ -63,10 +97,11 @@ def load_config(
     file: str | Path = "penstock.toml",
 ) -> ServerConfig:
     """The settings from flags, then variables, then the file. Raises ConfigError with the place of what is wrong."""
-    known = ServerConfig.__struct_fields__
+    known = tuple(name for name in ServerConfig.__struct_fields__ if name != "limits")
     merged: dict[str, Any] = {}
     place: dict[str, str] = {}
-    for name, value in _from_file(Path(file)).items():
+    table, limits = _from_file(Path(file))
+    for name, value in table.items():
         if name not in known:
             raise ConfigError(f"{file}: server.{name}: no such setting (known: {', '.join(known)})")
         merged[name], place[name] = value, f"{file}: server.{name}"
@@ -89,6 +124,10 @@ def load_config(
             message = str(error).partition(" - at `")[0].partition(", got ")[0]
             raise ConfigError(f"{place[name]}: {message}, got {value!r}") from None
     config = msgspec.convert(merged, ServerConfig, strict=False)
+    try:
+        config = msgspec.structs.replace(config, limits=msgspec.convert(limits, dict[str, Limits]))
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{file}: limits: {error}") from None
     for name, check in (("log_sync", parse_sync), ("log_retention", parse_retention), ("log_parquet", check_place)):
         try:
             check(getattr(config, name))
@@ -103,8 +142,8 @@ def load_config(
     return config
 
 
-def parse_flags(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """(app, settings given as flags) of a `penstock serve` command line; argparse prints help and errors itself."""
+def parse_flags(arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """(app or None, settings given as flags) of a `penstock serve` command line; argparse prints help and errors itself."""
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -112,10 +151,14 @@ def parse_flags(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
         description="Serve an app over HTTP. Settings come from flags, PENSTOCK_* variables, then penstock.toml.",
         allow_abbrev=False,
     )
-    parser.add_argument("app", help="a Python file or module with the app's definitions")
+    parser.add_argument(
+        "app", nargs="?", help="a Python file or module with the app's definitions; without one only --models are served"
+    )
     for field, hint in zip(
         msgspec.structs.fields(ServerConfig), typing.get_type_hints(ServerConfig, include_extras=True).values()
     ):
+        if field.name == "limits":
+            continue
         meta = next(m for m in hint.__metadata__ if isinstance(m, Meta))
         kind = typing.get_args(hint)[0]
         if isinstance(kind, types.UnionType):
@@ -125,6 +168,14 @@ def parse_flags(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
             flag = "--" + field.name.replace("_", "-")
             parser.add_argument(flag, dest=field.name, action="store_const", const="true", help=meta.description)
             continue
+        if typing.get_origin(kind) is Literal:
+            parser.add_argument(
+                "--" + field.name.replace("_", "-"),
+                dest=field.name,
+                choices=typing.get_args(kind),
+                help=f"{meta.description}{default}",
+            )
+            continue
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
             dest=field.name,
@@ -133,21 +184,23 @@ def parse_flags(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
         )
     options = vars(parser.parse_args(list(arguments)))
     app = options.pop("app")
+    if app is None and options["models"] is None and "PENSTOCK_MODELS" not in os.environ:
+        parser.error("nothing to serve: name an app, or a model folder with --models DIR")
     return app, {name: value for name, value in options.items() if value is not None}
 
 
-def _from_file(path: Path) -> dict[str, Any]:
+def _from_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tables [server] and [limits] of a settings file."""
     try:
         with path.open("rb") as stream:
             tables = tomllib.load(stream)
     except FileNotFoundError:
-        return {}
+        return {}, {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
-    for name in tables:
-        if name != "server":
-            raise ConfigError(f"{path}: {name}: no such table (known: [server])")
-    table = tables.get("server", {})
-    if not isinstance(table, dict):
-        raise ConfigError(f"{path}: server: expected a table, got {table!r}")
-    return table
+    for name, table in tables.items():
+        if name not in ("server", "limits"):
+            raise ConfigError(f"{path}: {name}: no such table (known: [server], [limits.NAME])")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {name}: expected a table, got {table!r}")
+    return tables.get("server", {}), tables.get("limits", {})

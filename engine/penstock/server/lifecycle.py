@@ -108,11 +108,16 @@ def _engine(app: App | Engine, config: ServerConfig) -> Engine:
 
 
 async def _serve(engine: Engine, config: ServerConfig, listener: socket.socket) -> int:
-    from .routes import build_server
+    from .._ext.flow import Flow
+    from .routes import build_server, pipeline_lanes
 
     loop = asyncio.get_running_loop()
     state = {"ready": False}
-    server = build_server(engine, _within_descriptors(config), state)
+    config = _within_descriptors(config)
+    flow = Flow(config.pool_threads)
+    flow.start(loop)
+    lanes = pipeline_lanes(engine, config)
+    server = build_server(engine, config, state, flow=flow, lanes=lanes)
     stopping = asyncio.Event()
     signals = 0
 
@@ -148,6 +153,7 @@ async def _serve(engine: Engine, config: ServerConfig, listener: socket.socket) 
         sweeper.cancel()
         server.close_idle(force=True)
         await asyncio.sleep(0)
+        flow.stop()
         gc.unfreeze()
     return 0
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from .._ext.flow import Flow, Lane
 from .._ext.http import HttpServer, RequestError, Route
 from ..errors import EventError, ReplayNeeded
 from ..timestamp import Timestamp
@@ -18,6 +19,7 @@ from .metrics import Metrics
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from .oip import OipRoutes
 
 __all__ = ["build_server"]
 
@@ -33,9 +35,44 @@ class FeaturesRequest(msgspec.Struct, forbid_unknown_fields=True):
     as_of: int | str | None = None
 
 
-def build_server(engine: Engine, config: ServerConfig, state: dict[str, bool]) -> HttpServer:
-    """An HttpServer with every route of the engine's plan. state: "ready" is what /health/ready tells."""
+def lane_of(config: ServerConfig, name: str, *, row_ns: int = 0, may_pool: bool = False) -> Lane:
+    """A lane with the limits that the settings give it."""
+    limits = config.limits_of(name)
+    return Lane(
+        name,
+        max_rows=limits.queue_rows or 0,
+        default_timeout=limits.deadline or 0.0,
+        max_timeout=limits.max_deadline or 0.0,
+        row_ns=row_ns,
+        may_pool=may_pool,
+    )
+
+
+def pipeline_lanes(engine: Engine, config: ServerConfig) -> dict[str, Lane]:
+    """One lane per pipeline, for every protocol that scores it."""
+    return {
+        pipeline.name: lane_of(config, pipeline.name, may_pool=bool(pipeline.models))
+        for pipeline in engine.plan.pipelines.values()
+    }
+
+
+def build_server(
+    engine: Engine,
+    config: ServerConfig,
+    state: dict[str, bool],
+    *,
+    flow: Flow | None = None,
+    lanes: dict[str, Lane] | None = None,
+    oip: OipRoutes | None = None,
+) -> HttpServer:
+    """An HttpServer with every route of the engine's plan. state: "ready" is what /health/ready tells.
+
+    flow, lanes: the loop's queues and the pipelines' lanes, shared with the other protocols. oip: what answers under
+    /v2, where models are served.
+    """
     plan, core = engine.plan, engine.core
+    if lanes is None:
+        lanes = pipeline_lanes(engine, config)
     routes: dict[str, Route] = {}
     wire = {}
     for event in plan.events.values():
@@ -46,11 +83,11 @@ def build_server(engine: Engine, config: ServerConfig, state: dict[str, bool]) -
             f"events/{event.name}",
             "events",
             ("POST",),
+            core=core,
             index=event.index,
             decode_one=one.decode,
             decode_many=many.decode,
-            call_one=core.ingest,
-            call_many=core.ingest_many,
+            lane=lane_of(config, event.name, row_ns=3000),
         )
     for pipeline in plan.pipelines.values():
         one_of, many_of = wire[pipeline.event]
@@ -58,18 +95,23 @@ def build_server(engine: Engine, config: ServerConfig, state: dict[str, bool]) -
             f"score/{pipeline.name}",
             "score",
             ("POST",),
+            core=core,
             index=pipeline.index,
             decode_one=one_of,
             decode_many=many_of,
-            call_one=core.score,
-            call_many=core.score_many,
+            lane=lanes[pipeline.name],
         )
     for view in plan.views:
         routes[f"/v1/features/{view}"] = Route(
             f"features/{view}", "handler", ("POST",), handler=FeatureReads(engine, view)
         )
 
+    if oip is not None:
+        routes |= oip.fixed
+
     def not_found(path: str) -> str:
+        if oip is not None and path.startswith("/v2"):
+            return oip.not_found(path)
         for prefix, what, known in (
             ("/v1/score/", "pipeline", plan.pipelines),
             ("/v1/events/", "event", plan.events),
@@ -85,6 +127,9 @@ def build_server(engine: Engine, config: ServerConfig, state: dict[str, bool]) -
         routes,
         not_found=not_found,
         event_error=EventError,
+        flow=flow,
+        resolve=None if oip is None else oip.resolve,
+        log=None if oip is None else oip.log.fault,
         max_body=config.max_body,
         max_head=config.max_head,
         max_connections=config.max_connections,
@@ -102,10 +147,18 @@ def build_server(engine: Engine, config: ServerConfig, state: dict[str, bool]) -
     def live(query: str, body: bytes) -> tuple[int, bytes, bytes]:
         return 200, JSON, b'{"live":true}'
 
-    def ready(query: str, body: bytes) -> tuple[int, bytes, bytes]:
+    def not_ready() -> str | None:
         if state["ready"] and not server.draining:
+            return None
+        return "the server is stopping" if server.draining else "the server is starting"
+
+    if oip is not None:
+        oip.not_ready = not_ready
+
+    def ready(query: str, body: bytes) -> tuple[int, bytes, bytes]:
+        why = not_ready()
+        if why is None:
             return 200, JSON, b'{"ready":true}'
-        why = "the server is stopping" if server.draining else "the server is starting"
         raise RequestError(503, "not_ready", why)
 
     def status(query: str, body: bytes) -> tuple[int, bytes, bytes]:
@@ -114,7 +167,7 @@ def build_server(engine: Engine, config: ServerConfig, state: dict[str, bool]) -
     def openapi(query: str, body: bytes) -> tuple[int, bytes, bytes]:
         from .openapi import openapi_document
 
-        return 200, JSON, msgspec.json.encode(openapi_document(plan))
+        return 200, JSON, msgspec.json.encode(openapi_document(plan, oip))
 
     read_only = ("GET", "HEAD")
     for path, handler in (
