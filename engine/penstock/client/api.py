@@ -68,13 +68,11 @@ class ClientSettings:
 
     def score(self, pipeline: str, events: Any, ingest: bool, explain: bool, priority: int | None) -> list[Call]:
         events = _events(events)
-        if priority is not None and not 1 <= priority <= 7:
-            raise ValueError(f"priority: expected 1 (first) to 7, got {priority!r}")
-        return self.protocol.score(pipeline, events, ingest, explain, priority, _all_safe(events))
+        return self.protocol.score(pipeline, events, ingest, explain, _priority(priority), _all_safe(events))
 
-    def ingest(self, event_type: str | type[Event], events: Any) -> list[Call]:
+    def ingest(self, event_type: str | type[Event], events: Any, priority: int | None) -> list[Call]:
         events = _events(events)
-        return self.protocol.ingest(event_name(event_type), events, _all_safe(events))
+        return self.protocol.ingest(event_name(event_type), events, _priority(priority), _all_safe(events))
 
     def features(self, view: str, keys: Sequence[str | int], as_of: Any) -> list[Call]:
         if isinstance(keys, (str, int)):
@@ -98,7 +96,7 @@ class ClientSettings:
         if not inputs:
             raise InvalidRequest("expected at least one", path="inputs")
         arrays = {name: as_array(value, datatypes.get(name), name) for name, value in inputs.items()}
-        return self.protocol.infer(model, _version(version), arrays, outputs, priority)
+        return self.protocol.infer(model, _version(version), arrays, outputs, _priority(priority))
 
     def needs_metadata(self, inputs: Mapping[str, Any]) -> bool:
         """Whether an input is a list: what type it is meant in is then asked of the model."""
@@ -145,6 +143,12 @@ def time_of(value: Any) -> Timestamp:
         return value if isinstance(value, Timestamp) else Timestamp.of(value)
     except (ValueError, TypeError, OverflowError) as error:
         raise InvalidRequest(str(error), code="invalid_time", path="$.as_of") from None
+
+
+def _priority(priority: int | None) -> int | None:
+    if priority is not None and not 1 <= priority <= 7:
+        raise ValueError(f"priority: expected 1 (first) to 7, got {priority!r}")
+    return priority
 
 
 def _version(version: str | int | None) -> str | None:

@@ -276,12 +276,13 @@ class AsyncClient:
         event: Event | Mapping[str, Any] | Sequence[Event | Mapping[str, Any]],
         *,
         timeout: float | None = None,
+        priority: int | None = None,
         retry: str | None = None,
     ) -> Ingested:
         """Apply an event, or a list of them (all or nothing on bad input), without scoring."""
         if isinstance(event, (list, tuple)) and not event:
             return Ingested(0, {})
-        found: Ingested = await self._one(self._settings.ingest(event_type, event), timeout, retry)
+        found: Ingested = await self._one(self._settings.ingest(event_type, event, priority), timeout, retry)
         return found
 
     async def features(
@@ -412,7 +413,7 @@ class AsyncBatch:
         self._client = client
         self._asked: list[Asked] = []
 
-    async def score(
+    def score(
         self,
         pipeline: str,
         event: Event | Mapping[str, Any],

@@ -137,27 +137,20 @@ class HttpProtocol:
         path = "/v1/score/" + quote(pipeline, safe="")
 
         def render(deadline: Deadline) -> bytes:
-            query = []
-            us = deadline.server_us()
-            if us is not None:
-                query.append(f"timeout={us}")
-            if priority is not None:
-                query.append(f"priority={priority}")
-            if not ingest:
-                query.append("ingest=false")
-            if explain:
-                query.append("explain=true")
-            return self._post(f"{path}?{'&'.join(query)}" if query else path, body)
+            flags = ["ingest=false"] * (not ingest) + ["explain=true"] * explain
+            return self._post(_with_query(path, deadline, priority, flags), body)
 
         kind: Any = list[Decision] if many else Decision
         return [Call(safe or not ingest, render, lambda reply: _document(reply, kind))]
 
-    def ingest(self, event_type: str, events: Any, safe: bool) -> list[Call]:
-        many = isinstance(events, list)
-        request = self._post(
-            "/v1/events/" + quote(event_type, safe=""), json_list(events) if many else json_bytes(events)
-        )
-        return [Call(safe, lambda deadline: request, lambda reply: _document(reply, Ingested))]
+    def ingest(self, event_type: str, events: Any, priority: int | None, safe: bool) -> list[Call]:
+        body = json_list(events) if isinstance(events, list) else json_bytes(events)
+        path = "/v1/events/" + quote(event_type, safe="")
+
+        def render(deadline: Deadline) -> bytes:
+            return self._post(_with_query(path, deadline, priority, []), body)
+
+        return [Call(safe, render, lambda reply: _document(reply, Ingested))]
 
     def features(self, view: str, keys: Sequence[str | int], as_of: Timestamp | None) -> list[Call]:
         body: dict[str, Any] = {"keys": list(keys)}
@@ -254,6 +247,12 @@ class _Error(msgspec.Struct):
 
 class _Refusal(msgspec.Struct):
     error: _Error | str
+
+
+def _with_query(path: str, deadline: Deadline, priority: int | None, flags: list[str]) -> str:
+    us = deadline.server_us()
+    query = ([] if us is None else [f"timeout={us}"]) + ([] if priority is None else [f"priority={priority}"]) + flags
+    return f"{path}?{'&'.join(query)}" if query else path
 
 
 def _model_path(model: str, version: str | None) -> str:

@@ -33,9 +33,15 @@ __all__ = ["RespProtocol"]
 
 _NOT_YET = object()
 _DECISION = msgspec.msgpack.Decoder(Decision)
-_ERROR = re.compile(r"(?P<kind>[A-Z]+) (?:(?P<code>[a-z_]+)(?: (?P<path>\$\S*?))?: )?(?P<message>.*)", re.DOTALL)
+# `KIND code $.path: message`, where code and path may be missing; a code is told from a message by its underscore.
+_ERROR = re.compile(
+    r"(?P<kind>[A-Z]+) (?:(?P<code>[a-z]+(?:_[a-z]+)+|internal|overloaded|deadline):? )?"
+    r"(?:(?P<path>\$.*?): )?(?P<message>.*)",
+    re.DOTALL,
+)
 _RETRY = re.compile(r"retry in (\d+(?:\.\d+)?) ms")
-_EVENT_CODES = ("invalid_event", "malformed_json", "malformed_msgpack", "invalid_utf8", "too_deep")
+_EVENT_CODES = ("invalid_event", "malformed_payload", "invalid_utf8", "too_deep")
+_FOR_NOW = ("log_refused", "max_clients")  # nothing was done, and later it may be
 
 
 class RespReader:
@@ -99,16 +105,10 @@ class RespProtocol:
             if many
             else [packed(events[0], "$[0]") if single else packed(events)]
         )
-        options: tuple[Any, ...] = () if priority is None else ("PRIORITY", priority)
-        if not ingest:
-            options += ("NOINGEST",)
-        if explain:
-            options += ("EXPLAIN",)
+        flags = (() if ingest else ("NOINGEST",)) + (("EXPLAIN",) if explain else ())
 
         def render(deadline: Deadline) -> bytes:
-            us = deadline.server_us()
-            timeout = () if us is None else ("TIMEOUT", us)
-            return _packed("PENSTOCK.SCORE", pipeline, *timeout, *options, *payloads)
+            return _packed("PENSTOCK.SCORE", pipeline, *_options(deadline, priority), *flags, *payloads)
 
         def decode(reply: Any) -> Any:
             reply = _checked(reply)
@@ -118,17 +118,19 @@ class RespProtocol:
 
         return [Call(safe or not ingest, render, decode)]
 
-    def ingest(self, event_type: str, events: Any, safe: bool) -> list[Call]:
+    def ingest(self, event_type: str, events: Any, priority: int | None, safe: bool) -> list[Call]:
         many = isinstance(events, list)
         payloads = [packed(event, f"$[{i}]") for i, event in enumerate(events)] if many else [packed(events)]
-        request = _packed("PENSTOCK.INGEST", event_type, *payloads)
+
+        def render(deadline: Deadline) -> bytes:
+            return _packed("PENSTOCK.INGEST", event_type, *_options(deadline, priority), *payloads)
 
         def decode(reply: Any) -> Ingested:
             reply = _checked(reply)
             words = [reply] if len(payloads) == 1 and not isinstance(reply, list) else _array(reply, len(payloads))
             return Ingested(len(words), dict(Counter(_text(word) for word in words)))
 
-        return [Call(safe, lambda deadline: request, decode)]
+        return [Call(safe, render, decode)]
 
     def features(self, view: str, keys: Sequence[str | int], as_of: Timestamp | None) -> list[Call]:
         integers = {isinstance(key, int) for key in keys}
@@ -137,7 +139,7 @@ class RespProtocol:
         options: tuple[Any, ...] = () if as_of is None else ("ASOF", int(as_of))
         if integers == {True}:
             options += ("INT",)
-        request = _packed("PENSTOCK.FEATURES", view, *options, "WITHSTATUS", *keys)
+        request = _packed("PENSTOCK.FEATURES", view, *options, "WITHSTATUS", "KEYS", *keys)
 
         def decode(reply: Any) -> FeatureRows:
             reply = _checked(reply)
@@ -177,12 +179,9 @@ class RespProtocol:
         data = to_bytes(array)
         rows = array.shape[0] if array.ndim > 1 else 1
         target = model if version is None else f"{model}@{version}"
-        options: tuple[Any, ...] = () if priority is None else ("PRIORITY", priority)
 
         def render(deadline: Deadline) -> bytes:
-            us = deadline.server_us()
-            timeout = () if us is None else ("TIMEOUT", us)
-            return _packed("PENSTOCK.INFER", target, *timeout, *options, data)
+            return _packed("PENSTOCK.INFER", target, *_options(deadline, priority), data)
 
         def decode(reply: Any) -> dict[str, Any]:
             reply = _checked(reply)
@@ -206,6 +205,12 @@ class RespProtocol:
     def live(self) -> list[Call]:
         request = _packed("PING")
         return [Call(True, lambda deadline: request, lambda reply: _text(_checked(reply)) == "PONG")]
+
+
+def _options(deadline: Deadline, priority: int | None) -> list[Any]:
+    us = deadline.server_us()
+    options: list[Any] = [] if us is None else ["TIMEOUT", us]
+    return options if priority is None else [*options, "PRIORITY", priority]
 
 
 def _packed(*parts: Any) -> bytes:
@@ -253,15 +258,15 @@ def _plain(value: Any) -> Any:
 
 
 def _refusal(text: str) -> ClientError:
-    """The error of an error reply: `KIND code $.path: message`, or `KIND message` as Redis has it."""
+    """The error that an error reply stands for."""
     match = _ERROR.fullmatch(text)
     if match is None:
         return ServerError(text, code="protocol")
     kind, code, path, message = match.group("kind", "code", "path", "message")
     code = code or kind.lower()
-    if kind == "BUSY":
-        if code == "deadline":
-            return DeadlineExceeded(message, path=path)
+    if kind == "BUSY" and code == "deadline":
+        return DeadlineExceeded(message, path=path)
+    if kind == "BUSY" or code in _FOR_NOW:
         wait = _RETRY.search(message)
         return Overloaded(message, code=code, path=path, retry_after=float(wait[1]) / 1000 if wait else None)
     if kind in ("NOAUTH", "WRONGPASS", "NOPERM"):

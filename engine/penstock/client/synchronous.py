@@ -269,12 +269,13 @@ class Client:
         event: Event | Mapping[str, Any] | Sequence[Event | Mapping[str, Any]],
         *,
         timeout: float | None = None,
+        priority: int | None = None,
         retry: str | None = None,
     ) -> Ingested:
         """Apply an event, or a list of them (all or nothing on bad input), without scoring."""
         if isinstance(event, (list, tuple)) and not event:
             return Ingested(0, {})
-        found: Ingested = self._one(self._settings.ingest(event_type, event), timeout, retry)
+        found: Ingested = self._one(self._settings.ingest(event_type, event, priority), timeout, retry)
         return found
 
     def features(
