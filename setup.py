@@ -32,6 +32,7 @@ C_FILES: dict[str, list[str]] = {
     "infer": [],
     "http": [],
     "resp": [],
+    "loop_lag": [],
     "metrics_text": [],
     "log": ["event_log.c"],
     "history": [],

@@ -1,7 +1,7 @@
-"""The text of GET /metrics (control path): Prometheus exposition format 0.0.4.
+"""The text of GET /metrics (control path that runs on the loop): Prometheus exposition format 0.0.4.
 
-The counts are kept natively, in the routes and in the core; only a scrape formats them. What must stay true: every
-sample is a number that was counted, none is sampled or averaged.
+The counts are kept natively, in the routes, lanes, models and the core; ext/metrics_text.pyx formats them. Here stands
+which families there are. What must stay true: every sample is a number that was counted, none is sampled or averaged.
 """
 
 from __future__ import annotations
@@ -10,18 +10,34 @@ import gc
 import os
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from .._ext.http import BUCKETS, HttpServer
+from .._ext.decision import OUTCOMES
+from .._ext.http import HttpServer
+from .._ext.loop_lag import LoopLag
+from .._ext.metrics_text import (
+    Decisions,
+    Family,
+    Lag,
+    Lanes,
+    Models,
+    Numbers,
+    Page,
+    Part,
+    Routes,
+    Summary,
+    Table,
+    labels,
+)
 
 if TYPE_CHECKING:
+    from .._ext.flow import Flow, Lane
     from ..engine import Engine
 
 __all__ = ["CONTENT_TYPE", "GcPauses", "Metrics"]
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
-BOUNDS = [f"{bound:.6g}" for bound in BUCKETS] + ["+Inf"]
 PAGE = resource.getpagesize()
 
 
@@ -53,225 +69,284 @@ class GcPauses:
 
 
 class Metrics:
-    """Formats the counters of one engine and one server."""
+    """Formats the counters of one server and of what it serves; what is None is not there.
 
-    def __init__(self, engine: Engine, server: HttpServer, state: dict[str, bool]) -> None:
+    lanes: the lanes of pipelines and events. table: the Deployment of served models (`targets()`, `version`).
+    resp: the RESP listener. lag: the loop's probe; `tick` should run after each
+    of its ticks where there is a table.
+    """
+
+    def __init__(
+        self,
+        engine: Engine | None,
+        server: HttpServer,
+        state: dict[str, bool],
+        *,
+        lanes: Callable[[], Iterable[Lane]] = tuple,
+        flow: Flow | None = None,
+        table: Any = None,
+        ns_per_tick: float = 1.0,
+        resp: Any = None,
+        lag: LoopLag | None = None,
+    ) -> None:
         self.engine = engine
         self.server = server
         self.state = state
         self.pauses = GcPauses()
         self.pauses.watch()
-        # The engine's fingerprint-like labels never change; those of the histogram are made once.
-        self._histogram_lines = {
-            route.label: [_labels(route=route.label, le=bound)[1:-1] for bound in BOUNDS]
-            for route in server.all_routes()
-        }
+        self.models = None if table is None else Models(table.targets, lambda: int(table.version), ns_per_tick)
+        try:
+            self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._statm = -1
+        parts: list[Part] = [*self._http()]
+        if engine is not None:
+            parts += self._engine(engine)
+        if flow is not None:
+            parts.append(Lanes(lanes, self.models))
+            parts.append(_pool(flow))
+        if self.models is not None:
+            parts.append(_deployment(table, self.models))
+            parts.append(self.models)
+        if resp is not None:
+            parts += _resp(resp)
+        if engine is not None and engine.core.log is not None:
+            parts.append(_log(engine))
+        if lag is not None:
+            parts.append(Lag(lag))
+            parts.append(
+                Numbers(
+                    [
+                        (
+                            "penstock_loop_lag_longest_seconds",
+                            "gauge",
+                            "Longest lateness since start.",
+                            lambda: lag.longest_ns / 1e9,
+                        )
+                    ]
+                )
+            )
+        parts += self._process()
+        self.page = Page(parts)
 
     def answer(self, query: str, body: bytes) -> tuple[int, bytes, bytes]:
-        return 200, CONTENT_TYPE, self.text().encode()
+        return 200, CONTENT_TYPE, self.content()
+
+    def tick(self) -> None:
+        """Keep the text of many models fresh between scrapes."""
+        if self.models is not None:
+            self.models.tick()
+
+    def content(self) -> bytes:
+        """All metrics."""
+        if self.models is not None:
+            self.models.prepare()
+        return self.page.bytes()
 
     def text(self) -> str:
-        """All metrics."""
-        lines: list[str] = []
-        self._http(lines)
-        self._engine(lines)
-        self._log(lines)
-        self._process(lines)
-        lines.append("")
-        return "\n".join(lines)
+        return self.content().decode()
 
-    def _http(self, lines: list[str]) -> None:
-        server = self.server
-        routes = [(route.label, route.counters()) for route in server.all_routes()]
-        _family(
-            lines,
-            "penstock_http_requests_total",
-            "counter",
-            "Requests answered, by route and status.",
-            (
-                (_labels(route=label, code=code or "other"), n)
-                for label, counts in routes
-                for code, n in counts["statuses"].items()
-            ),
-        )
-        name = "penstock_http_request_duration_seconds"
-        _head(lines, name, "histogram", "From the read of a request's last bytes to its answer being formed.")
-        for label, counts in routes:
-            total = 0
-            for labels, n in zip(self._histogram_lines.setdefault(label, []), counts["buckets"]):
-                total += n
-                lines.append(f"{name}_bucket{{{labels}}} {total}")
-            lines.append(f"{name}_sum{_labels(route=label)} {counts['seconds']!r}")
-            lines.append(f"{name}_count{_labels(route=label)} {counts['count']}")
-        _family(
-            lines,
-            "penstock_http_errors_total",
-            "counter",
-            "Requests refused, by the code of the error.",
-            ((_labels(code=code), n) for code, n in sorted(server.error_counts.items())),
-        )
-        _one(lines, "penstock_http_connections", "gauge", "Connections open now.", server.open_connections)
-        _one(lines, "penstock_http_connections_accepted_total", "counter", "Connections accepted.", server.accepted)
-        _one(
-            lines,
-            "penstock_http_connections_refused_total",
-            "counter",
-            "Connections answered 503 because too many were open.",
-            server.refused,
-        )
-        _family(
-            lines,
-            "penstock_http_heads_total",
-            "counter",
-            "Request heads: repeated byte for byte, or parsed.",
-            (('{kind="repeated"}', server.head_hits), ('{kind="parsed"}', server.head_misses)),
-        )
-        ready = int(self.state["ready"] and not server.draining)
-        _one(lines, "penstock_ready", "gauge", "1 when ready to answer, 0 while starting or stopping.", ready)
-
-    def _engine(self, lines: list[str]) -> None:
-        stats: dict[str, Any] = self.engine.stats()
-        _family(
-            lines,
-            "penstock_decisions_total",
-            "counter",
-            "Decisions, by pipeline and action.",
-            (
-                (_labels(pipeline=pipeline, action=action), n)
-                for pipeline, actions in stats["actions"].items()
-                for action, n in actions.items()
-            ),
-        )
-        _family(
-            lines,
-            "penstock_arm_decisions_total",
-            "counter",
-            "Decisions, by experiment and arm; an empty arm is a unit that is not in the experiment.",
-            (
-                (_labels(pipeline=pipeline, experiment=experiment, arm=arm), n)
-                for pipeline, experiments in stats["arms"].items()
-                for experiment, arms in experiments.items()
-                for arm, n in arms.items()
-            ),
-        )
-        _family(
-            lines,
-            "penstock_model_decisions_total",
-            "counter",
-            "Decisions, by the model that decided.",
-            (
-                (_labels(pipeline=pipeline, model=model), n)
-                for pipeline, models in stats["models"].items()
-                for model, n in models.items()
-            ),
-        )
-        _family(
-            lines,
-            "penstock_events_total",
-            "counter",
-            "Events, by what became of them.",
-            (
-                (_labels(event=event, outcome=outcome), n)
-                for event, outcomes in stats["outcomes"].items()
-                for outcome, n in outcomes.items()
-            ),
-        )
-        _family(
-            lines,
-            "penstock_late_dropped_total",
-            "counter",
-            "Events not applied because they came later than the lateness allows.",
-            ((_labels(event=event), outcomes["late"]) for event, outcomes in stats["outcomes"].items()),
-        )
-        for name, key, about in (
-            ("penstock_entities", "entities", "Entities with state."),
-            ("penstock_window_events", "events", "Events held in windows."),
-            ("penstock_state_bytes", "bytes", "Bytes of state in use."),
-            ("penstock_state_mapped_bytes", "mapped", "Bytes of state mapped."),
-        ):
-            _family(
-                lines,
-                name,
-                "gauge",
-                about,
-                ((_labels(event=s["source"], entity=s["entity"]), s[key]) for s in stats["stores"]),
-            )
-
-    def _log(self, lines: list[str]) -> None:
-        log = self.engine.core.log
-        if log is None:
-            return
-        stats = log.stats()
-        refused = int(bool(stats.error) or log.closed)
-        for name, kind, about, value in (
-            ("penstock_log_bytes_total", "counter", "Bytes written to the event log since start.", stats.position),
-            ("penstock_log_synced_bytes_total", "counter", "Bytes of them that are on disk.", stats.synced),
-            ("penstock_log_syncs_total", "counter", "Syncs of the event log.", stats.syncs),
-            ("penstock_log_sync_longest_seconds", "gauge", "Longest sync.", stats.longest_sync_us / 1e6),
-            ("penstock_log_segments_total", "counter", "Segments begun since start.", stats.segments),
-            ("penstock_log_refusing", "gauge", "1 while the disk takes no events, else 0.", refused),
-            (
-                "penstock_scores_not_logged_total",
+    def _http(self) -> list[Part]:
+        server, state = self.server, self.state
+        return [
+            Routes(server.all_routes),
+            Family(
+                "penstock_http_errors_total",
                 "counter",
-                "Decisions that found no room in the log.",
-                self.engine.core.scores_not_logged,
+                "Requests refused, by the code of the error.",
+                ("code",),
+                lambda: sorted(server.error_counts.items()),
             ),
-            (
-                "penstock_keeper_alive",
-                "gauge",
-                "1 while a child process takes snapshots.",
-                int(self.engine.keeper_alive),
+            Numbers(
+                [
+                    (
+                        "penstock_http_connections",
+                        "gauge",
+                        "Connections open now.",
+                        lambda: server.open_connections,
+                    ),
+                    (
+                        "penstock_http_connections_accepted_total",
+                        "counter",
+                        "Connections accepted.",
+                        lambda: server.accepted,
+                    ),
+                    (
+                        "penstock_http_connections_refused_total",
+                        "counter",
+                        "Connections answered 503 because too many were open.",
+                        lambda: server.refused,
+                    ),
+                ]
             ),
-            (
-                "penstock_clock_steps_total",
-                "counter",
-                "Times that the clock was set by over a second.",
-                stats.clock_steps,
+            Table(
+                [("penstock_http_heads_total", "counter", "Request heads: repeated byte for byte, or parsed.")],
+                ['{kind="repeated"}', '{kind="parsed"}'],
+                lambda: [(server.head_hits,), (server.head_misses,)],
             ),
-        ):
-            _one(lines, name, kind, about, value)
+            Numbers(
+                [
+                    (
+                        "penstock_ready",
+                        "gauge",
+                        "1 when ready to answer, 0 while starting or stopping.",
+                        lambda: int(state["ready"] and not server.draining),
+                    )
+                ]
+            ),
+        ]
 
-    def _process(self, lines: list[str]) -> None:
+    def _engine(self, engine: Engine) -> list[Part]:
+        return [
+            Decisions(engine.core, OUTCOMES),
+            Table(
+                [
+                    ("penstock_entities", "gauge", "Entities with state."),
+                    ("penstock_window_events", "gauge", "Events held in windows."),
+                    ("penstock_state_bytes", "gauge", "Bytes of state in use."),
+                    ("penstock_state_mapped_bytes", "gauge", "Bytes of state mapped."),
+                ],
+                [labels(event=store.event, entity=store.entity) for store in engine.plan.stores],
+                engine.core.store_stats,
+            ),
+        ]
+
+    def _process(self) -> list[Part]:
         pauses = self.pauses
-        _family(
-            lines,
-            "penstock_gc_collections_total",
+        return [
+            Family(
+                "penstock_gc_collections_total",
+                "counter",
+                "Collections of the garbage collector, by generation.",
+                ("generation",),
+                lambda: enumerate(pauses.count),
+            ),
+            Summary(
+                "penstock_gc_pause_seconds",
+                "Pauses of the garbage collector.",
+                lambda: pauses.seconds,
+                lambda: sum(pauses.count),
+            ),
+            Numbers(
+                [
+                    (
+                        "penstock_gc_pause_longest_seconds",
+                        "gauge",
+                        "Longest pause since start.",
+                        lambda: pauses.longest,
+                    ),
+                    ("process_cpu_seconds_total", "counter", "User and system time used.", time.process_time),
+                    ("process_resident_memory_bytes", "gauge", "Resident memory.", self._resident),
+                ]
+            ),
+        ]
+
+    def _resident(self) -> int:
+        if self._statm < 0:
+            return 0
+        return int(os.pread(self._statm, 128, 0).split(b" ", 2)[1]) * PAGE
+
+
+def _pool(flow: Flow) -> Part:
+    return Numbers(
+        [
+            ("penstock_pool_threads", "gauge", "Threads of the native pool.", lambda: flow.n_threads),
+            ("penstock_pool_running", "gauge", "Threads of the native pool that work now.", lambda: flow.running),
+            (
+                "penstock_queue_slices_total",
+                "counter",
+                "Slices in which the loop worked off its queue.",
+                lambda: flow.slices,
+            ),
+        ]
+    )
+
+
+def _deployment(table: Any, models: Models) -> Part:
+    return Numbers(
+        [
+            (
+                "penstock_deployment_version",
+                "gauge",
+                "Counts the changes of which model answers to which name.",
+                lambda: int(table.version),
+            ),
+            ("penstock_models_loaded", "gauge", "Models that answer.", lambda: models.models_loaded),
+            (
+                "penstock_models_bytes",
+                "gauge",
+                "Bytes of their tables, as far as known.",
+                lambda: models.models_bytes,
+            ),
+        ]
+    )
+
+
+def _resp(resp: Any) -> list[Part]:
+    return [
+        Family(
+            "penstock_resp_commands_total",
             "counter",
-            "Collections of the garbage collector, by generation.",
-            ((_labels(generation=str(i)), n) for i, n in enumerate(pauses.count)),
-        )
-        _head(lines, "penstock_gc_pause_seconds", "summary", "Pauses of the garbage collector.")
-        lines.append(f"penstock_gc_pause_seconds_sum {pauses.seconds!r}")
-        lines.append(f"penstock_gc_pause_seconds_count {sum(pauses.count)}")
-        _one(lines, "penstock_gc_pause_longest_seconds", "gauge", "Longest pause since start.", pauses.longest)
-        used = os.times()
-        _one(lines, "process_cpu_seconds_total", "counter", "User and system time used.", used.user + used.system)
-        try:
-            with open("/proc/self/statm", "rb") as stream:
-                resident = int(stream.read().split()[1]) * PAGE
-        except OSError:
-            resident = 0
-        _one(lines, "process_resident_memory_bytes", "gauge", "Resident memory.", resident)
+            "Commands, by what they do.",
+            ("kind",),
+            lambda: sorted(resp.command_counts.items()),
+        ),
+        Family(
+            "penstock_resp_errors_total",
+            "counter",
+            "Commands refused, by the code of the error.",
+            ("code",),
+            lambda: sorted(resp.error_counts.items()),
+        ),
+        Numbers(
+            [
+                ("penstock_resp_connections", "gauge", "Connections open now.", lambda: resp.open_connections),
+                (
+                    "penstock_resp_connections_accepted_total",
+                    "counter",
+                    "Connections accepted.",
+                    lambda: resp.accepted,
+                ),
+                (
+                    "penstock_resp_connections_refused_total",
+                    "counter",
+                    "Connections refused because too many were open.",
+                    lambda: resp.refused,
+                ),
+            ]
+        ),
+    ]
 
 
-def _labels(**labels: object) -> str:
-    return "{" + ",".join(f'{name}="{_escaped(str(value))}"' for name, value in labels.items()) + "}"
+def _log(engine: Engine) -> Part:
+    log = engine.core.log
+    assert log is not None
+    columns = [
+        ("penstock_log_bytes_total", "counter", "Bytes written to the event log since start."),
+        ("penstock_log_synced_bytes_total", "counter", "Bytes of them that are on disk."),
+        ("penstock_log_syncs_total", "counter", "Syncs of the event log."),
+        ("penstock_log_sync_longest_seconds", "gauge", "Longest sync."),
+        ("penstock_log_segments_total", "counter", "Segments begun since start."),
+        ("penstock_log_refusing", "gauge", "1 while the disk takes no events, else 0."),
+        ("penstock_scores_not_logged_total", "counter", "Decisions that found no room in the log."),
+        ("penstock_keeper_alive", "gauge", "1 while a child process takes snapshots."),
+        ("penstock_clock_steps_total", "counter", "Times that the clock was set by over a second."),
+    ]
 
+    def read() -> list[tuple[float, ...]]:
+        stats = log.stats()
+        return [
+            (
+                stats.position,
+                stats.synced,
+                stats.syncs,
+                stats.longest_sync_us / 1e6,
+                stats.segments,
+                int(bool(stats.error) or log.closed),
+                engine.core.scores_not_logged,
+                int(engine.keeper_alive),
+                stats.clock_steps,
+            )
+        ]
 
-def _escaped(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
-def _head(lines: list[str], name: str, kind: str, about: str) -> None:
-    lines.append(f"# HELP {name} {about}")
-    lines.append(f"# TYPE {name} {kind}")
-
-
-def _one(lines: list[str], name: str, kind: str, about: str, value: float) -> None:
-    _head(lines, name, kind, about)
-    lines.append(f"{name} {value!r}")
-
-
-def _family(lines: list[str], name: str, kind: str, about: str, samples: Iterable[tuple[str, float]]) -> None:
-    _head(lines, name, kind, about)
-    lines.extend(f"{name}{labels} {value!r}" for labels, value in samples)
+    return Table(columns, [""], read)
