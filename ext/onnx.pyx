@@ -48,6 +48,9 @@ cdef extern from "onnx_session.h" nogil:
     double ps_onnx_row_seconds(const ps_onnx *self)
     int ps_onnx_predict(const ps_model *model, const double *x, size_t rows, size_t stride, double *out) noexcept
     void ps_onnx_last_error(ps_onnx *self, char *error)
+    int ps_onnx_run(const ps_onnx *self, const ps_tensor *tensors, const int32_t *outputs, size_t n_out, ps_tensor *out,
+                    ps_onnx_result **result, char *error)
+    void ps_onnx_result_free(ps_onnx_result *result)
 
 
 # The version asked for: the oldest onnxruntime that the `onnx` extra allows. Every slot used is older.
@@ -488,6 +491,63 @@ cdef class OnnxModel:
     def predict(self, x):
         """x: (rows, n_inputs) or (n_inputs,) numbers, NaN for null. Returns (rows, n_outputs) float64."""
         return _predict_array(&self.model, self, x, self.release_gil)
+
+
+cdef class OnnxTensors:
+    """A whole ONNX graph, all of its inputs and outputs, run on tensors as they are; any thread may run it.
+
+    path: of a .onnx file. Raises OnnxError with ONNX Runtime's text, ImportError without its C library.
+    """
+
+    def __init__(self, path, *, name=None):
+        cdef char error[PS_ONNX_ERROR_BYTES]
+        cdef const char *at
+        cdef const char *version
+        cdef ps_onnx *session
+        cdef ps_onnx_options options
+        if self.session != NULL:
+            raise RuntimeError("OnnxTensors is already loaded")
+        self.source = os.fspath(path)
+        label = name or self.source
+        library = library_path()
+        if library is None:
+            raise ImportError(f"{label} needs onnxruntime: pip install 'penstock[onnx]'")
+        library = os.fsencode(library)
+        at = <const char *>library
+        with nogil:
+            version = ps_onnx_open_library(at, API_VERSION, error)
+        if version == NULL:
+            raise ImportError(f"{label}: the C API of ONNX Runtime was not reached: {(<bytes>error).decode(errors='replace')}")
+        options.arena = False
+        options.mem_pattern = False
+        options.external_folder = NULL
+        encoded = os.fsencode(self.source)
+        at = <const char *>encoded
+        with nogil:
+            session = ps_onnx_create(at, NULL, 0, &options, error)
+        if session == NULL:
+            raise OnnxError(f"{label}: {(<bytes>error).decode(errors='replace')}")
+        self.session = session
+
+    def __dealloc__(self):
+        if self.session != NULL:
+            with nogil:
+                ps_onnx_destroy(self.session)
+
+    def ports(self):
+        """Inputs and outputs as ONNX Runtime describes them: name, tensor, type, rank, dims."""
+        cdef size_t i
+        return {
+            "inputs": [_port(ps_onnx_input(self.session, i)) for i in range(ps_onnx_input_count(self.session))],
+            "outputs": [_port(ps_onnx_output(self.session, i)) for i in range(ps_onnx_output_count(self.session))],
+        }
+
+    cdef int run(self, const ps_tensor *tensors, const int32_t *outputs, size_t n_out, ps_tensor *out,
+                 ps_onnx_result **result, char *error) noexcept nogil:
+        return ps_onnx_run(self.session, tensors, outputs, n_out, out, result, error)
+
+    cdef void release(self, ps_onnx_result *result) noexcept nogil:
+        ps_onnx_result_free(result)
 
 
 cdef _predict_array(const ps_model *model, OnnxModel owner, x, bint release_gil):

@@ -36,6 +36,7 @@ typedef struct {
 } ort_api_base;
 
 enum {
+    SLOT_ERROR_CODE = 1,
     SLOT_ERROR_MESSAGE = 2,
     SLOT_CREATE_ENV = 3,
     SLOT_CREATE_SESSION = 7,
@@ -54,8 +55,11 @@ enum {
     SLOT_OUTPUT_TYPE = 34,
     SLOT_INPUT_NAME = 36,
     SLOT_OUTPUT_NAME = 37,
+    SLOT_CREATE_TENSOR = 48,
     SLOT_CREATE_TENSOR_WITH_DATA = 49,
     SLOT_TENSOR_DATA = 51,
+    SLOT_STRINGS_LENGTH = 53,
+    SLOT_STRINGS_CONTENT = 54,
     SLOT_CAST_TO_TENSOR_INFO = 55,
     SLOT_ONNX_TYPE = 56,
     SLOT_ELEMENT_TYPE = 60,
@@ -75,6 +79,7 @@ enum {
     SLOT_METADATA_LOOKUP = 116,
     SLOT_RELEASE_METADATA = 118,
     SLOT_ADD_CONFIG_ENTRY = 130,
+    SLOT_STRING_BUFFER = 252, /* since 1.15 */
 };
 
 /* Process-wide and set once: ONNX Runtime wants one environment per process. */
@@ -635,4 +640,166 @@ int ps_onnx_bind(ps_onnx *self, const size_t *columns, const uint32_t *gather, s
     free(out);
     if (code != 0) ps_onnx_last_error(self, error);
     return code == 0;
+}
+
+/* ---- Tensors as they are ---- */
+
+struct ps_onnx_result {
+    size_t n_in, n_out;
+    OrtValue **in, **out;
+    char **texts; /* BYTES outputs in their raw form */
+};
+
+void ps_onnx_result_free(ps_onnx_result *r) {
+    if (r == NULL) return;
+    for (size_t i = 0; i < r->n_in; i++)
+        if (r->in[i] != NULL) ort.release_value(r->in[i]);
+    for (size_t i = 0; i < r->n_out; i++) {
+        if (r->out[i] != NULL) ort.release_value(r->out[i]);
+        free(r->texts[i]);
+    }
+    free(r);
+}
+
+/* The status is released. INVALID_ARGUMENT is what ONNX Runtime says of a shape or a value that the graph cannot take. */
+static __attribute__((noinline, cold)) int status_of(OrtStatus *status, const char *doing, char *error) {
+    int code = ((int (*)(const OrtStatus *))ort.table[SLOT_ERROR_CODE])(status);
+    failed(status, doing, error);
+    return code == 2 ? 400 : 500;
+}
+
+/* A tensor of strings; its raw form has been checked against its count. */
+static OrtStatus *string_tensor(const ps_tensor *t, OrtValue **value) {
+    OrtStatus *status = ORT_CALL(SLOT_CREATE_TENSOR, OrtAllocator *, const int64_t *, size_t, int32_t, OrtValue **)(
+        ort.allocator, t->dims, t->rank, PS_ONNX_STRING, value);
+    const char *at = t->data;
+    for (int64_t i = 0; status == NULL && i < t->count; i++) {
+        uint32_t n;
+        char *to = NULL;
+        memcpy(&n, at, 4);
+        status = ORT_CALL(SLOT_STRING_BUFFER, OrtValue *, size_t, size_t, char **)(*value, (size_t)i, n, &to);
+        if (status == NULL && n) memcpy(to, at + 4, n);
+        at += 4 + (size_t)n;
+    }
+    return status;
+}
+
+/* The raw form of an output of strings. */
+static int string_output(const OrtValue *value, ps_tensor *t, char **text, char *error) {
+    size_t total = 0, n = (size_t)t->count;
+    OrtStatus *status = ORT_CALL(SLOT_STRINGS_LENGTH, const OrtValue *, size_t *)(value, &total);
+    if (status != NULL) return status_of(status, "output strings", error);
+    /* Read behind the room that the lengths will need, then moved together. */
+    size_t *offsets = malloc(sizeof *offsets * (n + 1));
+    char *content = malloc(total + 1), *to = malloc(total + 4 * n + 1);
+    int code = 0;
+    if (offsets == NULL || content == NULL || to == NULL) {
+        snprintf(error, PS_ONNX_ERROR_BYTES, "out of memory");
+        code = 503;
+    } else if ((status = ORT_CALL(SLOT_STRINGS_CONTENT, const OrtValue *, void *, size_t, size_t *, size_t)(
+                    value, content, total, offsets, n)) != NULL)
+        code = status_of(status, "output strings", error);
+    char *at = to;
+    for (size_t i = 0; code == 0 && i < n; i++) {
+        size_t length = (i + 1 < n ? offsets[i + 1] : total) - offsets[i];
+        uint32_t short_length = (uint32_t)length;
+        if (length > UINT32_MAX) {
+            snprintf(error, PS_ONNX_ERROR_BYTES, "an output string of %zu bytes", length);
+            code = 500;
+            break;
+        }
+        memcpy(at, &short_length, 4);
+        memcpy(at + 4, content + offsets[i], length);
+        at += 4 + length;
+    }
+    free(offsets);
+    free(content);
+    if (code) {
+        free(to);
+        return code;
+    }
+    *text = to;
+    t->data = to;
+    t->bytes = (size_t)(at - to);
+    return 0;
+}
+
+static int read_output(OrtValue *value, ps_tensor *t, char **text, const char *name, char *error) {
+    OrtTensorInfo *info = NULL;
+    size_t rank = 0;
+    int32_t type = 0;
+    void *data = NULL;
+    if (value == NULL) {
+        snprintf(error, PS_ONNX_ERROR_BYTES, "output %s has no value", name);
+        return 500;
+    }
+    OrtStatus *status = ORT_CALL(SLOT_TENSOR_TYPE_AND_SHAPE, const OrtValue *, OrtTensorInfo **)(value, &info);
+    if (status == NULL) status = ORT_CALL(SLOT_ELEMENT_TYPE, const OrtTensorInfo *, int32_t *)(info, &type);
+    if (status == NULL) status = ORT_CALL(SLOT_DIMENSION_COUNT, const OrtTensorInfo *, size_t *)(info, &rank);
+    if (status == NULL && rank <= PS_TENSOR_RANK)
+        status = ORT_CALL(SLOT_DIMENSIONS, const OrtTensorInfo *, int64_t *, size_t)(info, t->dims, rank);
+    if (info != NULL) ORT_VOID(SLOT_RELEASE_TENSOR_INFO, OrtTensorInfo *)(info);
+    if (status != NULL) return status_of(status, "output", error);
+    int dtype = ps_dtype_of_onnx(type);
+    if (rank > PS_TENSOR_RANK || dtype < 0) {
+        snprintf(error, PS_ONNX_ERROR_BYTES, "output %s has %zu dimensions of element type %d", name, rank, type);
+        return 500;
+    }
+    t->rank = (uint8_t)rank;
+    t->dtype = (uint8_t)dtype;
+    t->count = ps_shape_count(t->dims, (int)rank, ps_dtypes[dtype].size);
+    if (t->count < 0) {
+        snprintf(error, PS_ONNX_ERROR_BYTES, "output %s has a shape beyond memory", name);
+        return 500;
+    }
+    if (dtype == PS_DT_BYTES) return string_output(value, t, text, error);
+    t->bytes = (size_t)t->count * ps_dtypes[dtype].size;
+    status = ORT_CALL(SLOT_TENSOR_DATA, OrtValue *, void **)(value, &data);
+    if (status != NULL) return status_of(status, "output data", error);
+    t->data = data;
+    return 0;
+}
+
+int ps_onnx_run(const ps_onnx *self, const ps_tensor *in, const int32_t *outputs, size_t n_out, ps_tensor *out,
+                ps_onnx_result **result, char *error) {
+    static const char nothing[8]; /* where an empty tensor points */
+    size_t n_in = self->n_in;
+    OrtStatus *status = NULL;
+    int code = 0;
+    ps_onnx_result *r = calloc(1, sizeof *r + sizeof(void *) * (n_in + 3 * n_out + 1));
+    if (r == NULL) {
+        snprintf(error, PS_ONNX_ERROR_BYTES, "out of memory");
+        return 503;
+    }
+    r->n_in = n_in;
+    r->n_out = n_out;
+    r->in = (OrtValue **)(r + 1);
+    r->out = r->in + n_in;
+    r->texts = (char **)(r->out + n_out);
+    const char **names = (const char **)(r->texts + n_out);
+    for (size_t i = 0; i < n_in; i++) {
+        const ps_tensor *t = &in[i];
+        if (t->dtype == PS_DT_BYTES) status = string_tensor(t, &r->in[i]);
+        else
+            status = ort.create_tensor(ort.cpu, (void *)(uintptr_t)(t->bytes ? t->data : nothing), t->bytes, t->dims,
+                                       t->rank, ps_dtypes[t->dtype].onnx, &r->in[i]);
+        if (status != NULL) {
+            code = status_of(status, self->in[i].name, error);
+            goto fail;
+        }
+    }
+    for (size_t i = 0; i < n_out; i++) names[i] = self->out[outputs[i]].name;
+    status = ort.run(self->session, NULL, self->in_names, (const OrtValue *const *)r->in, n_in, names, n_out, r->out);
+    if (status != NULL) {
+        code = status_of(status, "ONNX Runtime", error);
+        goto fail;
+    }
+    for (size_t i = 0; i < n_out && code == 0; i++) code = read_output(r->out[i], &out[i], &r->texts[i], names[i], error);
+    if (code == 0) {
+        *result = r;
+        return 0;
+    }
+fail:
+    ps_onnx_result_free(r);
+    return code;
 }

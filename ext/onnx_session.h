@@ -11,9 +11,10 @@
 #include <stdint.h>
 
 #include "model.h"
+#include "tensor.h"
 
 #define PS_ONNX_ERROR_BYTES 2048
-#define PS_ONNX_MAX_RANK 8
+#define PS_ONNX_MAX_RANK PS_TENSOR_RANK
 #define PS_ONNX_CHUNK 1024 /* rows per run when batched: bounds the scratch memory */
 
 /* Element types, with the numbers of ONNX TensorProto.DataType that ONNX Runtime uses too. */
@@ -39,7 +40,7 @@ typedef struct {
 } ps_onnx_options;
 
 typedef struct ps_onnx ps_onnx;
-typedef struct ps_onnx_result ps_onnx_result;
+typedef struct ps_onnx_result ps_onnx_result; /* what a run's outputs lie in */
 
 /* Loads the library once per process. Returns its version text, or NULL with the reason in error. */
 const char *ps_onnx_open_library(const char *path, uint32_t api_version, char *error);
@@ -66,5 +67,12 @@ double ps_onnx_row_seconds(const ps_onnx *self); /* fastest single row seen whil
 /* model->state is the ps_onnx. Returns 0, 1 (a null in an integer input) or 2 (ONNX Runtime failed). */
 int ps_onnx_predict(const ps_model *model, const double *x, size_t rows, size_t stride, double *out);
 void ps_onnx_last_error(ps_onnx *self, char *error);
+
+/* Runs tensors of any datatype as they are. in: one per input, BYTES in their raw form; the data is read where it lies
+ * and must be aligned to its elements. outputs: the places of the wanted ones; out: as many, which lie in *result until
+ * ps_onnx_result_free. Returns 0, or an HTTP status with the reason in error (the request's fault: 400). */
+int ps_onnx_run(const ps_onnx *self, const ps_tensor *in, const int32_t *outputs, size_t n_out, ps_tensor *out,
+                ps_onnx_result **result, char *error);
+void ps_onnx_result_free(ps_onnx_result *result);
 
 #endif

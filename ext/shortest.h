@@ -29,13 +29,9 @@ static inline uint64_t ps_round_to_odd(const uint64_t *g, uint64_t c) {
     return (uint64_t)(sum >> 64) | ((uint64_t)sum > 1);
 }
 
-/* value = digits * 10^*exponent; value is finite and above zero. */
-static inline uint64_t ps_shortest_digits(uint64_t bits, int *exponent) {
-    const uint64_t fraction = bits & ((UINT64_C(1) << 52) - 1);
-    const int biased = (int)(bits >> 52 & 2047);
-    const uint64_t c = biased ? fraction | UINT64_C(1) << 52 : fraction;
-    const int q = (biased ? biased : 1) - 1075;
-    const int closer = fraction == 0 && biased > 1; /* the neighbour below is half as far */
+/* The shortest decimal, digits * 10^*exponent, that is nearer to c * 2^q than to its neighbours; c is above zero.
+ * closer: the neighbour below is half as far. */
+static inline uint64_t ps_shortest_between(uint64_t c, int q, int closer, int *exponent) {
     const uint64_t odd = c & 1;
     const int k = (q * 1262611 - (closer ? 524031 : 0)) >> 22;
     const int h = q + ((-k * 1741647) >> 19) + 1;
@@ -59,24 +55,16 @@ static inline uint64_t ps_shortest_digits(uint64_t bits, int *exponent) {
     return s + (middle > 4 * s + 2 || (middle == 4 * s + 2 && (s & 1)));
 }
 
-/* Writes at most PS_SHORTEST_ROOM characters, no terminator; returns how many. Not finite: null. */
-static int ps_shortest(double value, char *out) {
-    uint64_t bits, digits;
+/* digits * 10^exponent as repr writes it; digits may be zero. */
+static inline int ps_shortest_text(int negative, uint64_t digits, int exponent, char *out) {
     char text[24] = "";
-    int exponent, n = 0, point, at = 0;
-    memcpy(&bits, &value, 8);
-    if ((bits >> 52 & 2047) == 2047) {
-        memcpy(out, "null", 4);
-        return 4;
-    }
-    if (bits >> 63)
+    int n = 0, point, at = 0;
+    if (negative)
         out[at++] = '-';
-    bits &= ~(UINT64_C(1) << 63);
-    if (bits == 0) {
+    if (digits == 0) {
         memcpy(out + at, "0.0", 3);
         return at + 3;
     }
-    digits = ps_shortest_digits(bits, &exponent);
     while (digits % 10 == 0) {
         digits /= 10;
         exponent++;
@@ -120,6 +108,42 @@ static int ps_shortest(double value, char *out) {
         at += n + 1;
     }
     return at;
+}
+
+/* Writes at most PS_SHORTEST_ROOM characters, no terminator; returns how many. Not finite: null. */
+static int ps_shortest(double value, char *out) {
+    uint64_t bits;
+    memcpy(&bits, &value, 8);
+    const uint64_t fraction = bits & ((UINT64_C(1) << 52) - 1);
+    const int biased = (int)(bits >> 52 & 2047);
+    int exponent = 0;
+    uint64_t digits = 0;
+    if (biased == 2047) {
+        memcpy(out, "null", 4);
+        return 4;
+    }
+    if (biased || fraction)
+        digits = ps_shortest_between(biased ? fraction | UINT64_C(1) << 52 : fraction, (biased ? biased : 1) - 1075,
+                                     fraction == 0 && biased > 1, &exponent);
+    return ps_shortest_text((int)(bits >> 63), digits, exponent, out);
+}
+
+/* The same for a float: the shortest decimal that reads back as the same float. */
+static int ps_shortest32(float value, char *out) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    const uint32_t fraction = bits & ((UINT32_C(1) << 23) - 1);
+    const int biased = (int)(bits >> 23 & 255);
+    int exponent = 0;
+    uint64_t digits = 0;
+    if (biased == 255) {
+        memcpy(out, "null", 4);
+        return 4;
+    }
+    if (biased || fraction)
+        digits = ps_shortest_between(biased ? fraction | UINT32_C(1) << 23 : fraction, (biased ? biased : 1) - 150,
+                                     fraction == 0 && biased > 1, &exponent);
+    return ps_shortest_text((int)(bits >> 31), digits, exponent, out);
 }
 
 #endif

@@ -6,7 +6,9 @@ numbers are those of onnx.proto; encoding: https://protobuf.dev/programming-guid
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy.typing as npt
 
 from .tree_ensemble import TreeError
 
-__all__ = ["DOUBLE", "FLOAT", "Graph", "Node", "Port", "read_graph"]
+__all__ = ["DOUBLE", "FLOAT", "Graph", "Node", "Port", "graph_ports", "read_graph"]
 
 FLOAT, UINT8, INT64, DOUBLE = 1, 2, 7, 11
 _TENSOR_DTYPES = {
@@ -322,3 +324,14 @@ def read_graph(data: bytes) -> Graph:
     for message in graphs[0].messages(5):
         graph.initializers[message.text(8)] = _single(message)
     return graph
+
+
+def graph_ports(path: str | os.PathLike[str]) -> tuple[list[Port], list[Port]]:
+    """Inputs (without initializers) and outputs of an ONNX file's graph; its nodes are not read. Raises TreeError."""
+    data = Path(path).read_bytes()
+    graphs = _Message(data, 0, len(data)).messages(7)
+    if len(graphs) != 1:
+        raise TreeError("this is no ONNX file: it has no graph")
+    known = {message.text(8) for message in graphs[0].messages(5)}
+    inputs = [_port(message) for message in graphs[0].messages(11)]
+    return [port for port in inputs if port.name not in known], [_port(message) for message in graphs[0].messages(12)]
