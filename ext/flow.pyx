@@ -240,7 +240,7 @@ cdef class Flow:
     cdef int submit(self, Work work) except -1:
         """Queue an admitted request; lane, rows, arrival, deadline and priority are set."""
         work.priority = DEFAULT_PRIORITY if work.priority <= 0 else min(work.priority, N_PRIORITIES - 1)
-        work.cost = work.lane.row_ns * work.rows
+        work.cost = max(1, work.lane.row_ns * work.rows)   # never 0: the sums say whether anything waits
         work.lane.waiting += work.rows
         work.lane.queued += 1
         work.pooled = work.lane.on_pool()
@@ -298,7 +298,7 @@ cdef class Flow:
                 got = self.take(work, now)
                 now = ps_http_now()
                 if got == MORE:
-                    work.cost = max(0, work.cost - (now - began))
+                    work.cost = max(1, work.cost - (now - began))
                     self.short.push_front(work)
                 if now >= until:
                     return
