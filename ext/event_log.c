@@ -46,6 +46,7 @@ struct ps_log {
     char *prelude;  /* bodies of the schema records, one after the other */
     uint32_t *prelude_bytes;
     int n_prelude;
+    int stale; /* the current segment has other schemas */
     int64_t **marks;
     int n_marks;
     /* shared */
@@ -256,6 +257,7 @@ static int begin_segment(ps_log *L, uint64_t number) {
                 L->rolls++;
             }
             L->current = s;
+            L->stale = 0;
             write_prelude(L, s);
             s->touched = s->at;
             __atomic_store_n(&L->position, s->before + s->at, __ATOMIC_RELEASE);
@@ -283,7 +285,7 @@ static ps_record *log_reserve(ps_log *L, uint32_t bytes, uint32_t more) {
     if (__builtin_expect(roll && !L->used, 0)) {
         __atomic_store_n(&L->roll, roll = 0, __ATOMIC_RELAXED); /* it is new already */
     }
-    if (__builtin_expect(s->at + bytes + more > s->capacity || roll, 0)) {
+    if (__builtin_expect(s->at + bytes + more > s->capacity || roll || L->stale, 0)) {
         if (prelude_size(L) + bytes + more > L->segment_bytes) return refuse(L, EMSGSIZE);
         int error = begin_segment(L, s->number + 1);
         if (error) return refuse(L, error);
@@ -316,6 +318,58 @@ int ps_log_error(const ps_log *L) {
 }
 
 int ps_log_begin(ps_log *L) { return L->used ? begin_segment(L, L->current->number + 1) : 0; }
+
+/* Copies of the bodies, one after the other, and of their sizes. 0 or ENOMEM. */
+static int copy_prelude(const char *const *prelude, const uint32_t *prelude_bytes, int n, char **bodies, uint32_t **sizes) {
+    uint64_t total = 0;
+    for (int i = 0; i < n; i++) total += prelude_bytes[i];
+    *bodies = malloc(total + 1);
+    *sizes = calloc((size_t)n + 1, 4);
+    if (!*bodies || !*sizes) {
+        free(*bodies);
+        free(*sizes);
+        *bodies = NULL;
+        *sizes = NULL;
+        return ENOMEM;
+    }
+    char *to = *bodies;
+    for (int i = 0; i < n; i++) {
+        memcpy(to, prelude[i], prelude_bytes[i]);
+        to += prelude_bytes[i];
+        (*sizes)[i] = prelude_bytes[i];
+    }
+    return 0;
+}
+
+int ps_log_set_prelude(ps_log *L, const char *const *prelude, const uint32_t *prelude_bytes, int n_prelude) {
+    char *old_bodies = L->prelude;
+    uint32_t *old_sizes = L->prelude_bytes;
+    int old_n = L->n_prelude;
+    int error = copy_prelude(prelude, prelude_bytes, n_prelude, &L->prelude, &L->prelude_bytes);
+    L->n_prelude = n_prelude;
+    if (!error && prelude_size(L) + 4096 > L->segment_bytes) {
+        free(L->prelude);
+        free(L->prelude_bytes);
+        error = EMSGSIZE;
+    }
+    if (error) {
+        L->prelude = old_bodies;
+        L->prelude_bytes = old_sizes;
+        L->n_prelude = old_n;
+        return error;
+    }
+    free(old_bodies);
+    free(old_sizes);
+    L->stale = 1;
+    return 0;
+}
+
+int ps_log_has_spare(ps_log *L) {
+    pthread_mutex_lock(&L->lock);
+    int has = L->spare_fd >= 0;
+    pthread_mutex_unlock(&L->lock);
+    return has;
+}
 
 void ps_log_roll(ps_log *L) { __atomic_store_n(&L->roll, 1, __ATOMIC_RELAXED); }
 
@@ -507,24 +561,14 @@ ps_log *ps_log_open(const char *folder, uint64_t log_id, uint64_t number, int64_
     L->segment_bytes = (segment_bytes + 4095) & ~(uint64_t)4095;
     L->sync_us = sync_us;
     L->max_age_us = max_age_us;
-    uint64_t total = 0;
-    for (int i = 0; i < n_prelude; i++) total += prelude_bytes[i];
-    L->prelude = malloc(total + 1);
-    L->prelude_bytes = calloc((size_t)n_prelude + 1, 4);
+    *error = copy_prelude(prelude, prelude_bytes, n_prelude, &L->prelude, &L->prelude_bytes);
     L->marks = calloc((size_t)n_marks + 1, sizeof *L->marks);
     L->dir = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    *error = 0;
-    if (!L->prelude || !L->prelude_bytes || !L->marks) *error = ENOMEM;
-    else if (L->dir < 0) *error = errno;
+    if (!*error && !L->marks) *error = ENOMEM;
+    else if (!*error && L->dir < 0) *error = errno;
     if (*error) {
         free_log(L);
         return NULL;
-    }
-    char *to = L->prelude;
-    for (int i = 0; i < n_prelude; i++) {
-        memcpy(to, prelude[i], prelude_bytes[i]);
-        to += prelude_bytes[i];
-        L->prelude_bytes[i] = prelude_bytes[i];
     }
     for (int i = 0; i < n_marks; i++) L->marks[i] = marks[i];
     L->n_prelude = n_prelude;

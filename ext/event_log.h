@@ -76,6 +76,11 @@ int ps_log_error(const ps_log *);
 int ps_log_wait(ps_log *, uint64_t position);
 /* Begins a new segment now, unless the current one is new; the writer's to call. 0 or an errno. */
 int ps_log_begin(ps_log *);
+/* Other schemas from now on: the next append begins a new segment, which has them. The writer's to call. 0 or an errno,
+ * and then nothing has changed. */
+int ps_log_set_prelude(ps_log *, const char *const *prelude, const uint32_t *prelude_bytes, int n_prelude);
+/* Whether a new segment can be begun without waiting for its file. */
+int ps_log_has_spare(ps_log *);
 /* The next append begins a new segment. */
 void ps_log_roll(ps_log *);
 void ps_log_get_stats(ps_log *, ps_log_stats *);

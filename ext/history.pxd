@@ -37,7 +37,12 @@ cdef class ScoreMapping:
         uint8_t *strings
         int *keys
         int64_t *since
+        int n_models
+        int *models
         readonly bint same_plan
+        readonly bint same_words
+
+    cdef int model_of(self, int number) noexcept nogil
 
 
 cdef class HistoryRun(BatchRun):
@@ -78,7 +83,8 @@ cdef class HistoryRun(BatchRun):
     cdef int find(self, int64_t sequence, int *block, int *row) noexcept nogil
     cdef int remember_ids(self, Rows rows, int n) except -1
     cdef int settle(self, const ps_record *r, ScoreMapping mapping) except -1
-    cdef int restore_decision(self, Pipe pipe, Rows rows, int row, int table, const ps_score *score) except -1
+    cdef int restore_decision(self, Pipe pipe, Rows rows, int row, int table, const ps_score *score,
+                              ScoreMapping mapping) except -1
     cdef int compare(self, const ps_record *r, const ps_score *score, ScoreMapping mapping, Rows rows, int row,
                      int block) except -1
 

@@ -14,6 +14,7 @@ class EventMapping:
 class ScoreMapping:
     pipe: int
     same_plan: bool
+    same_words: bool
     def __init__(
         self,
         pipe: int,
@@ -22,6 +23,8 @@ class ScoreMapping:
         keys: list[int],
         same_plan: bool,
         since: list[int] | None = None,
+        models: list[int] | None = None,
+        same_words: bool = False,
     ) -> None: ...
 
 class HistoryRun:

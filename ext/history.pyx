@@ -118,14 +118,22 @@ cdef class ScoreMapping:
     """How a score schema of a segment is compared with a pipeline of the app.
 
     pipe: the pipeline's index, or -1. slots: per logged slot the pipeline's slot, or -1; keys: per logged slot the field
-    that its view is keyed by, or -1. since: per logged slot the first T that history reaches back for. same_plan: indices of actions, models and arms mean the same.
+    that its view is keyed by, or -1. since: per logged slot the first T that history reaches back for. models: per model
+    of the schema its number in the pipeline's decisions, or -1. same_words: indices of actions, reasons and arms mean the
+    same. same_plan: and the models that ran are those that run now.
     """
 
-    def __cinit__(self, int pipe, list slots, list strings, list keys, bint same_plan, list since=None):
+    def __cinit__(self, int pipe, list slots, list strings, list keys, bint same_plan, list since=None,
+                  list models=None, bint same_words=False):
         cdef int i
         self.pipe = pipe
         self.n = len(slots)
         self.same_plan = same_plan
+        self.same_words = same_words
+        self.n_models = len(models) if models is not None else 0
+        self.models = <int *>checked(self.n_models, sizeof(int))
+        for i in range(self.n_models):
+            self.models[i] = models[i]
         self.slots = <int *>checked(self.n, sizeof(int))
         self.strings = <uint8_t *>checked(self.n, 1)
         self.keys = <int *>checked(self.n, sizeof(int))
@@ -141,6 +149,11 @@ cdef class ScoreMapping:
         free(self.strings)
         free(self.keys)
         free(self.since)
+        free(self.models)
+
+    cdef int model_of(self, int number) noexcept nogil:
+        """The pipeline's number of a record's model; -1 where it has none."""
+        return self.models[number] if 0 <= number < self.n_models else -1
 
 
 cdef class HistoryRun(BatchRun):
@@ -400,8 +413,9 @@ cdef class HistoryRun(BatchRun):
             self.orphans += 1
             return 0
         rows = <Rows>self.blocks[block]
-        if self.restore_ids and mapping.pipe >= 0 and mapping.same_plan:
-            self.restore_decision(<Pipe>self.core.pipes[mapping.pipe], rows, row, self.block_table[block][row], score)
+        if self.restore_ids and mapping.pipe >= 0 and mapping.same_words:
+            self.restore_decision(<Pipe>self.core.pipes[mapping.pipe], rows, row, self.block_table[block][row], score,
+                                  mapping)
         if self.want != 2 or mapping.pipe != self.pipe.index:
             return 0
         pipe = self.pipe
@@ -417,7 +431,8 @@ cdef class HistoryRun(BatchRun):
             self.written += 1
         return 0
 
-    cdef int restore_decision(self, Pipe pipe, Rows rows, int row, int table, const ps_score *score) except -1:
+    cdef int restore_decision(self, Pipe pipe, Rows rows, int row, int table, const ps_score *score,
+                              ScoreMapping mapping) except -1:
         cdef Source source = <Source>self.tables[table]
         cdef Verdict verdict
         cdef dict home
@@ -434,7 +449,7 @@ cdef class HistoryRun(BatchRun):
         verdict.score = score.score
         verdict.fired = score.fired
         verdict.action = score.action
-        verdict.model = score.model
+        verdict.model = <int16_t>mapping.model_of(score.model)
         verdict.failed = score.failed
         for i in range(8):
             verdict.arms[i] = score.arms[i]
@@ -503,7 +518,8 @@ cdef class HistoryRun(BatchRun):
                         slot_value(slots[slot], status[slot], type, rows.arena.data), status[slot] & 7))
         if mapping.same_plan and (<Tally>tally).decisions and covered:
             # score, action, fired rules and arms: the decision itself
-            same = (verdict.action == score.action and verdict.fired == score.fired and verdict.model == score.model
+            same = (verdict.action == score.action and verdict.fired == score.fired
+                    and verdict.model == mapping.model_of(score.model)
                     and verdict.failed == score.failed and verdict.has_score == score.has_score
                     and (not score.has_score or memcmp(&verdict.score, &score.score, 8) == 0))
             for i in range(self.pipe.c.n_assigns):

@@ -62,6 +62,8 @@ cdef extern from "event_log.h" nogil:
     int ps_log_error(const ps_log *)
     int ps_log_wait(ps_log *, uint64_t)
     int ps_log_begin(ps_log *)
+    int ps_log_set_prelude(ps_log *, const char *const *prelude, const uint32_t *prelude_bytes, int n_prelude)
+    int ps_log_has_spare(ps_log *)
     void ps_log_roll(ps_log *)
     void ps_log_get_stats(ps_log *, ps_log_stats *)
     int ps_segment_last_mark(const char *, ps_segment_mark *)

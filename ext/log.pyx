@@ -33,6 +33,19 @@ Scan = namedtuple("Scan", "end stop records events scores first_sequence last_se
 Record = namedtuple("Record", "offset length kind schema outcome sequence ingest_time versions body")
 
 
+cdef int bodies_of(list prelude, const char ***texts, uint32_t **sizes) except -1:
+    """Pointers into the schemas' bodies; both arrays are the caller's to free, also where this raises."""
+    cdef int i
+    texts[0] = <const char **>calloc(len(prelude) + 1, sizeof(char *))
+    sizes[0] = <uint32_t *>calloc(len(prelude) + 1, sizeof(uint32_t))
+    if texts[0] == NULL or sizes[0] == NULL:
+        raise MemoryError()
+    for i in range(<int>len(prelude)):
+        texts[0][i] = PyBytes_AS_STRING(<bytes>prelude[i])
+        sizes[0][i] = <uint32_t>PyBytes_GET_SIZE(<bytes>prelude[i])
+    return 0
+
+
 cdef class EventLog:
     """The one writer of a log folder. Not safe for two threads at once; the engine holds its lock around each append.
 
@@ -55,15 +68,13 @@ cdef class EventLog:
         self.pid = os.getpid()
         self.sources = sources
         self.segment_bytes = segment_bytes
-        cdef const char **texts = <const char **>calloc(n + 1, sizeof(char *))
-        cdef uint32_t *sizes = <uint32_t *>calloc(n + 1, sizeof(uint32_t))
+        cdef const char **texts = NULL
+        cdef uint32_t *sizes = NULL
         cdef int64_t **marks = <int64_t **>calloc(len(sources) + 1, sizeof(void *))
         try:
-            if texts == NULL or sizes == NULL or marks == NULL:
+            if marks == NULL:
                 raise MemoryError()
-            for i in range(n):
-                texts[i] = PyBytes_AS_STRING(<bytes>prelude[i])
-                sizes[i] = <uint32_t>PyBytes_GET_SIZE(<bytes>prelude[i])
+            bodies_of(prelude, &texts, &sizes)
             for i, source in enumerate(sources):
                 marks[i] = &source.c.watermark
             self.ptr = ps_log_open(PyBytes_AS_STRING(path), <uint64_t>log_id, number, next_sequence, segment_bytes, sync_us,
@@ -129,6 +140,30 @@ cdef class EventLog:
         cdef int error = ps_log_begin(self.ptr) if self.ptr != NULL else 0
         if error:
             raise LogError(f"{self.folder}: no new segment can be begun: {os.strerror(error)}")
+
+    def set_prelude(self, list prelude):
+        """Other schemas from now on; within the engine's lock. The next append begins a new segment. Raises LogError."""
+        cdef const char **texts = NULL
+        cdef uint32_t *sizes = NULL
+        cdef int error = 0
+        if self.ptr == NULL:
+            return
+        try:
+            bodies_of(prelude, &texts, &sizes)
+            error = ps_log_set_prelude(self.ptr, texts, sizes, <int>len(prelude))
+        finally:
+            free(texts)
+            free(sizes)
+        if error:
+            why = os.strerror(error)
+            if error == EMSGSIZE:
+                why = f"a segment of {self.segment_bytes} bytes has no room for the schemas of the app and an event"
+            raise LogError(f"{self.folder}: the event log cannot take other schemas: {why}")
+
+    @property
+    def has_spare(self):
+        """Whether the next segment can be begun without waiting for its file."""
+        return self.ptr == NULL or ps_log_has_spare(self.ptr) != 0
 
     def roll(self):
         """The next event begins a new segment."""

@@ -1,6 +1,6 @@
 # steps.pxd: the arrays that a running engine walks over. See steps.pyx.
 
-from libc.stdint cimport int8_t, int16_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int16_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 
 from penstock._ext.decision cimport DecisionTexts, Verdict
 from penstock._ext.events cimport EventReader
@@ -167,6 +167,17 @@ cdef class Source:
     cdef void judge(self, int64_t at, int64_t ingest_time, int64_t *watermark) noexcept nogil
 
 
+cdef class ModelHold:
+    cdef:
+        int position              # in PipeC.models
+        readonly object runtime
+        int n_inputs
+        int *inputs
+        uint8_t *types
+
+    cdef void put(self, ModelRun *run, uintptr_t address, int output, int index, bint row_by_row) noexcept
+
+
 cdef class Pipe:
     cdef:
         PipeC c
@@ -178,7 +189,9 @@ cdef class Pipe:
         tuple slot_types
         object error              # what a Python function raised last
         object block              # of core.pyx: memory for events that are scored together
-        list keep
+        list keep                 # replaced, never changed, once it runs
+
+    cdef list swap_models(self, list models)
 
 
 cdef class Rows:
@@ -192,9 +205,13 @@ cdef class Rows:
         char *keys_base       # where the arena stood when the keys were made
         RowKeys *keys
         Verdict *verdicts
+        int n_inputs          # columns that matrix and scores have room for
+        int n_outputs
         double *matrix
         double *scores
         int *picked
+
+    cdef int widen(self, int inputs, int outputs) noexcept nogil
 
 
 cdef void *checked(size_t count, size_t size) except NULL

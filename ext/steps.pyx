@@ -1,12 +1,13 @@
 """What a Plan is while it runs (hot path): event types, pipelines and rows as flat C arrays, built once at load.
 
-What must stay true: everything here is fixed after load but counters, watermarks and remembered ids; the steps that
-run over it are in core.pyx.
+What must stay true: everything here is fixed after load but counters, watermarks, remembered ids, and the models, which
+are swapped between two events; the steps that run over it are in core.pyx.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport uintptr_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset
 
 from penstock.errors import EngineError
@@ -139,6 +140,35 @@ cdef int add_key(KeyRef *keys, int *n, int slot, bint is_int, bint to_int) excep
     return n[0] - 1
 
 
+@cython.no_gc
+cdef class ModelHold:
+    """What a run of a model points at: the runtime, and where its inputs stand in the row."""
+
+    def __cinit__(self, int position, runtime, list inputs, list types):
+        cdef int j
+        self.position = position
+        self.runtime = runtime
+        self.n_inputs = len(inputs)
+        self.inputs = <int *>checked(len(inputs), sizeof(int))
+        self.types = <uint8_t *>checked(len(inputs), 1)
+        for j in range(self.n_inputs):
+            self.inputs[j] = inputs[j]
+            self.types[j] = TYPE_CODES[types[j]]
+
+    def __dealloc__(self):
+        free(self.inputs)
+        free(self.types)
+
+    cdef void put(self, ModelRun *run, uintptr_t address, int output, int index, bint row_by_row) noexcept:
+        run.model = <const ps_model *>address
+        run.n_inputs = self.n_inputs
+        run.inputs = self.inputs
+        run.types = self.types
+        run.output = output
+        run.index = index
+        run.row_by_row = row_by_row
+
+
 cdef class Pipe:
     """One pipeline in a running engine: its steps as flat arrays."""
 
@@ -178,9 +208,6 @@ cdef class Pipe:
             free(self.c.functions[i].arg_types)
         for i in range(self.c.n_assigns):
             free(self.c.assigns[i].arms)
-        for i in range(self.c.n_models):
-            free(self.c.models[i].inputs)
-            free(self.c.models[i].types)
         free(self.c.reads)
         free(self.c.functions)
         free(self.c.assigns)
@@ -271,27 +298,53 @@ cdef class Pipe:
     def add_models(self, list models):
         """models: (runtime, address of its ps_model, [input slots], [types], output, slot, index, guard, decides,
         row by row)."""
-        cdef int i, j
+        cdef int i
         cdef ModelRun *run
+        cdef ModelHold hold
         self.c.models = <ModelRun *>checked(len(models), sizeof(ModelRun))
         self.c.n_models = len(models)
         for i, (runtime, address, inputs, types, output, slot, index, guard, decides, row_by_row) in enumerate(models):
             run = &self.c.models[i]
-            run.model = <const ps_model *><uintptr_t>address
-            run.n_inputs = len(inputs)
-            run.inputs = <int *>checked(len(inputs), sizeof(int))
-            run.types = <uint8_t *>checked(len(inputs), 1)
-            for j in range(len(inputs)):
-                run.inputs[j] = inputs[j]
-                run.types[j] = TYPE_CODES[types[j]]
-            run.output = output
+            hold = ModelHold(i, runtime, inputs, types)
+            hold.put(run, <uintptr_t>address, output, index, row_by_row)
             run.slot = slot
-            run.index = index
             run.guard_experiment = -1 if guard is None else guard[0]
             run.guard_arm = -1 if guard is None else guard[1]
             run.decides = decides
-            run.row_by_row = row_by_row
-            self.keep.append(runtime)
+            self.keep.append(hold)
+
+    def know_model(self, str name, str version):
+        """Room for decisions of one more model, unless it is known. Between two events."""
+        cdef uint64_t *counts
+        cdef Py_ssize_t n = len(self.texts.models)
+        if (name, version) in self.texts.models:
+            return
+        counts = <uint64_t *>realloc(self.c.model_counts, (n + 1) * sizeof(uint64_t))
+        if counts == NULL:
+            raise MemoryError()
+        counts[n] = 0
+        self.c.model_counts = counts
+        self.texts.add_model(name, version)
+
+    cdef list swap_models(self, list models):
+        """models: (position, runtime, address, [input slots], [types], output, name, version, row by row). Between two
+        events. Returns what held the old ones: runs that were taken before the swap go on with them."""
+        cdef ModelHold hold, new
+        cdef Py_ssize_t index
+        cdef list keep = list(self.keep)
+        cdef list old = []
+        for position, runtime, address, inputs, types, output, name, version, row_by_row in models:
+            new = ModelHold(position, runtime, inputs, types)
+            self.know_model(name, version)
+            index = self.texts.models.index((name, version))
+            for i, held in enumerate(keep):
+                if isinstance(held, ModelHold) and (<ModelHold>held).position == position:
+                    old.append(held)
+                    keep[i] = new
+            new.put(&self.c.models[<int>position], <uintptr_t>address, output, index, row_by_row)
+        # A new list: whoever took the old one keeps the old models.
+        self.keep = keep
+        return old
 
     def add_rules(self, list rules):
         """rules: (Program, index of its action)."""
@@ -328,11 +381,30 @@ cdef class Rows:
         self.status = <uint8_t *>checked(capacity * self.width, 1)
         self.keys = <RowKeys *>checked(capacity, sizeof(RowKeys))
         self.verdicts = <Verdict *>checked(capacity, sizeof(Verdict))
-        self.matrix = <double *>checked(capacity * inputs, sizeof(double))
-        self.scores = <double *>checked(capacity * outputs, sizeof(double))
+        self.n_inputs = max(1, inputs)
+        self.n_outputs = max(1, outputs)
+        self.matrix = <double *>checked(capacity * self.n_inputs, sizeof(double))
+        self.scores = <double *>checked(capacity * self.n_outputs, sizeof(double))
         self.picked = <int *>checked(capacity, sizeof(int))
         if ps_arena_append(&self.arena, PyBytes_AS_STRING(constants), PyBytes_GET_SIZE(constants), &ignored) != 0:
             raise MemoryError()
+
+    cdef int widen(self, int inputs, int outputs) noexcept nogil:
+        """Room for a model that is wider than those that were there when the rows were made. 0, or -1: no memory."""
+        cdef double *grown
+        if inputs > self.n_inputs:
+            grown = <double *>realloc(self.matrix, <size_t>self.capacity * inputs * sizeof(double))
+            if grown == NULL:
+                return -1
+            self.matrix = grown
+            self.n_inputs = inputs
+        if outputs > self.n_outputs:
+            grown = <double *>realloc(self.scores, <size_t>self.capacity * outputs * sizeof(double))
+            if grown == NULL:
+                return -1
+            self.scores = grown
+            self.n_outputs = outputs
+        return 0
 
     def __dealloc__(self):
         free(self.slots)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .offline.log_folder import LogFolder
     from .offline.options import LogOptions
     from .offline.recovery import RecoveryReport
+    from .offline.schemas import Running
 
 __all__ = ["Engine", "FeatureRows"]
 
@@ -83,7 +84,9 @@ class Engine:
         self.clock = clock
         self.features_only = features_only
         self.models_folder = None if models is None else Path(models)
-        self._runtimes: dict[tuple[Any, ...], tuple[Runtime, str, str]] = {}
+        self._runtimes: dict[tuple[Any, ...], tuple[Runtime, str, str, str]] = {}
+        self._deployments = [0] * len(self.plan.pipelines)
+        self.schemas: list[bytes] = []  # of the log's segments, by number
         self._keys: dict[str, set[int]] = {name: set() for name in self.plan.events}
         self._aggregated: dict[str, set[int]] = {name: set() for name in self.plan.events}
         for store in self.plan.stores:
@@ -385,7 +388,7 @@ class Engine:
                 "inputs": runtime.inputs,
                 "outputs": runtime.n_outputs,
             }
-            for key, (runtime, name, version) in self._runtimes.items()
+            for key, (runtime, name, version, _) in self._runtimes.items()
         }
 
     # putting the native parts together
@@ -508,43 +511,73 @@ class Engine:
 
     def _bind(self, plan: PipelinePlan, step: ModelStep) -> tuple[Runtime, list[int], int, str, str]:
         """A model and where its inputs stand in the row. A missing or surplus input is an error."""
-        runtime, name, version = self._runtime(step)
-        slots = plan.slot_types
-        inputs = runtime.inputs
-        if inputs is None:
-            raise DefinitionError(
-                f"the file has no names; say Model({step.model.ref!r}, inputs=[...]), its {runtime.n_inputs} features"
-            )
-        if len(inputs) != runtime.n_inputs:
-            raise DefinitionError(f"takes {runtime.n_inputs} inputs, {len(inputs)} are named: {', '.join(inputs)}")
-        found = []
-        for feature in inputs:
-            name_in_row = feature if feature in slots else feature.replace("__", ".", 1)
-            if name_in_row not in slots:
-                raise DefinitionError(f"input {feature!r} is no feature{suggestion(feature, slots)}")
-            index, slot_type = slots[name_in_row]
-            if slot_type == "string":
-                raise DefinitionError(f"input {feature!r} is a string; models take numbers")
-            found.append(index)
-        output = step.model.output
-        if output is None:
-            if runtime.n_outputs > 2:
-                raise DefinitionError(f"has {runtime.n_outputs} outputs; say which is the score: output=...")
-            output = runtime.n_outputs - 1
-        if not 0 <= output < runtime.n_outputs:
-            raise DefinitionError(f"output={output}: it has outputs 0 to {runtime.n_outputs - 1}")
-        return runtime, found, output, name, version
+        runtime, name, version, _ = self._runtime(step)
+        inputs, output = fit(plan, step, runtime)
+        return runtime, inputs, output, name, version
 
-    def _runtime(self, step: ModelStep) -> tuple[Runtime, str, str]:
+    def _runtime(self, step: ModelStep) -> tuple[Runtime, str, str, str]:
         model = step.model
-        key = (model.ref, tuple(model.inputs) if model.inputs is not None else None)
+        key = _runtime_key(step)
         if key not in self._runtimes:
             if self.models_folder is None:
                 raise DefinitionError('no model folder was given; say Engine(app, models="DIR") or --models DIR')
             found = resolve(self.models_folder, model.ref)
             inputs = list(model.inputs) if model.inputs is not None else None
-            self._runtimes[key] = (load(found.path, inputs, name=found.ref), found.name, found.version)
+            runtime = load(found.path, inputs, name=found.ref)
+            self._runtimes[key] = (runtime, found.name, found.version, found.sha256)
         return self._runtimes[key]
+
+    # models that are swapped while the engine runs
+
+    def running(self, pipeline: int) -> Running:
+        """What a pipeline runs now, by the pipeline's index."""
+        from .offline.schemas import Running
+
+        plan = list(self.plan.pipelines.values())[pipeline]
+        steps = [] if self.features_only else plan.models
+        return Running([self._runtimes[_runtime_key(step)][1:] for step in steps], self._deployments[pipeline])
+
+    def swap_models(
+        self, runtimes: Mapping[tuple[Any, ...], tuple[Runtime, str, str, str]], deployment: int = 0
+    ) -> list[Any]:
+        """Run other models from the next event on, all of them between the same two events. runtimes: a key of
+        _runtimes -> (runtime, name, version, sha256); their inputs are bound by the features' names.
+
+        With a log, score records then name the new models, with the deployment's number. Returns what held the old
+        ones: large, and best dropped in another thread. Raises DefinitionError where a model does not fit, LogError
+        where the log cannot say so; then nothing has changed.
+        """
+        from .offline.schemas import Running, score_schema
+
+        changes = []
+        schemas = list(self.schemas)
+        after = {**self._runtimes, **runtimes}
+        for plan in self.plan.pipelines.values():
+            swapped = []
+            for position, step in enumerate(plan.models):
+                key = _runtime_key(step)
+                if key in runtimes:
+                    runtime, name, version, _ = runtimes[key]
+                    inputs, output = fit(plan, step, runtime)
+                    types = [plan.slots[i].type for i in inputs]
+                    exact = getattr(runtime, "row_exact", runtime.kind == "trees")
+                    swapped.append((position, runtime, runtime.abi, inputs, types, output, name, version, not exact))
+            if not swapped:
+                continue
+            changes.append((plan.index, swapped))
+            if schemas:
+                words = self.core.pipes[plan.index].decision_texts
+                known = list(words.models)
+                known += [m for m in dict.fromkeys((s[6], s[7]) for s in swapped) if m not in known]
+                now = Running([after[_runtime_key(step)][1:] for step in plan.models], deployment)
+                number = len(self.plan.events) + plan.index
+                schemas[number] = msgspec.json.encode(score_schema(plan, words, known, now))
+        old = self.core.swap_models(changes, schemas if schemas else None)
+        self.schemas = schemas
+        self._runtimes = after
+        for index, _ in changes:
+            self._deployments[index] = deployment
+        return old
 
     def _constant(self, text: str) -> int:
         """A string kept at the start of every arena: offset in the low 32 bits, length in the high 32."""
@@ -677,6 +710,40 @@ class Engine:
     def _typed_entity(self, entity: str) -> bool:
         """Whether the entity's type says that 1 and "1" are the same key."""
         return entity in self.plan.typed_entities
+
+
+def _runtime_key(step: ModelStep) -> tuple[Any, ...]:
+    """What a model of a pipeline is loaded once for: its reference, and the inputs it is given."""
+    return step.model.ref, tuple(step.model.inputs) if step.model.inputs is not None else None
+
+
+def fit(plan: PipelinePlan, step: ModelStep, runtime: Runtime) -> tuple[list[int], int]:
+    """Slots of a model's inputs, by the features' names, and its output. Raises DefinitionError where it does not fit."""
+    slots = plan.slot_types
+    inputs = runtime.inputs
+    if inputs is None:
+        raise DefinitionError(
+            f"the file has no names; say Model({step.model.ref!r}, inputs=[...]), its {runtime.n_inputs} features"
+        )
+    if len(inputs) != runtime.n_inputs:
+        raise DefinitionError(f"takes {runtime.n_inputs} inputs, {len(inputs)} are named: {', '.join(inputs)}")
+    found = []
+    for feature in inputs:
+        name_in_row = feature if feature in slots else feature.replace("__", ".", 1)
+        if name_in_row not in slots:
+            raise DefinitionError(f"input {feature!r} is no feature{suggestion(feature, slots)}")
+        index, slot_type = slots[name_in_row]
+        if slot_type == "string":
+            raise DefinitionError(f"input {feature!r} is a string; models take numbers")
+        found.append(index)
+    output = step.model.output
+    if output is None:
+        if runtime.n_outputs > 2:
+            raise DefinitionError(f"has {runtime.n_outputs} outputs; say which is the score: output=...")
+        output = runtime.n_outputs - 1
+    if not 0 <= output < runtime.n_outputs:
+        raise DefinitionError(f"output={output}: it has outputs 0 to {runtime.n_outputs - 1}")
+    return found, output
 
 
 def _as_key(key: str | int, key_type: str, typed: bool) -> str | int:

@@ -383,9 +383,7 @@ class _Child:
         found = [self.version(Path(root) / name / v, f"{name}@{v}", v, known.get(v), settle) for v in numbers]
         return FoundModel(name, found, table, problem)
 
-    def version(
-        self, folder: Path, ref: str, version: str, before: FoundVersion | None, settle: bool
-    ) -> FoundVersion:
+    def version(self, folder: Path, ref: str, version: str, before: FoundVersion | None, settle: bool) -> FoundVersion:
         try:
             path = model_file(folder, ref)
             status = path.stat()

@@ -21,7 +21,7 @@ from ..features.snapshot import LoadedSnapshot, load_snapshot
 from .history import History, Piece
 from .log_folder import Damage, LogFolder, readable_records, write_whole
 from .options import LogOptions, parse_sync
-from .schemas import EventSchema, event_mapping, schemas_of, score_mapping
+from .schemas import EventSchema, ScoreSchema, event_mapping, schemas_of, score_mapping
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -80,10 +80,11 @@ def mappings_of(engine: Engine, schemas: list[Any], begins: dict[str, int] | Non
             found.append(None if event is None else event_mapping(schema, event))
         else:
             plan = engine.plan.pipelines.get(schema.pipeline)
-            models = None
+            models = running = None
             if plan is not None and not engine.features_only:
                 models = list(engine.core.pipes[plan.index].decision_texts.models)
-            found.append(score_mapping(schema, engine.plan, plan, models, begins))
+                running = engine.running(plan.index)
+            found.append(score_mapping(schema, engine.plan, plan, models, begins, running))
     return found
 
 
@@ -130,10 +131,23 @@ class _Replay:
         until = last if last is not None else 1 << 62
         # The scores of a table are logged behind its events, up to a block of rows later.
         for piece in self.history.pieces(first, until + BLOCK if ids else until):
+            if ids:
+                _know_models(self.engine, piece.schemas)
             for _ in fed(run, piece, mappings_of(self.engine, piece.schemas), first, until):
                 pass  # nothing is put out, so nothing fills up
         run.done()
         return run.totals
+
+
+def _know_models(engine: Engine, schemas: list[Any]) -> None:
+    """Models that decided before a swap or a restart: the first decision on an event is repeated with its model."""
+    if engine.features_only:
+        return
+    for schema in schemas:
+        plan = engine.plan.pipelines.get(schema.pipeline) if isinstance(schema, ScoreSchema) else None
+        if plan is not None and plan.fingerprint == schema.fingerprint:
+            for name, version in schema.models:
+                engine.core.pipes[plan.index].know_model(name, version)
 
 
 class Recovered(msgspec.Struct, kw_only=True):
@@ -247,6 +261,7 @@ def open_log(engine: Engine, folder: LogFolder, options: LogOptions, progress: P
     texts = [pipe.decision_texts for pipe in engine.core.pipes]
     event_schemas = list(range(len(plan.events)))
     score_schemas = list(range(len(plan.events), len(plan.events) + len(plan.pipelines)))
+    schemas = schemas_of(plan, texts, [engine.running(i) for i in range(len(plan.pipelines))])
     log = EventLog(
         str(folder.segments_path),
         folder.log_id,
@@ -255,9 +270,10 @@ def open_log(engine: Engine, folder: LogFolder, options: LogOptions, progress: P
         options.segment_bytes,
         sync_us,
         int(options.segment_seconds * 1e6),
-        schemas_of(plan, texts),
+        schemas,
         engine.core.sources,
     )
+    engine.schemas = schemas
     engine.core.attach_log(log, event_schemas, score_schemas, options.scores)
     return RecoveryReport(
         snapshot=found.at if found.at >= 0 else None,

@@ -15,7 +15,16 @@ from ..errors import LogError
 from ..plan import EventPlan, PipelinePlan, Plan
 from ..timestamp import Timestamp, TimestampUnit
 
-__all__ = ["EventSchema", "ScoreSchema", "event_mapping", "read_schema", "schemas_of", "score_mapping"]
+__all__ = [
+    "EventSchema",
+    "Running",
+    "ScoreSchema",
+    "event_mapping",
+    "read_schema",
+    "schemas_of",
+    "score_mapping",
+    "score_schema",
+]
 
 
 class SchemaField(msgspec.Struct, frozen=True):
@@ -40,7 +49,9 @@ class ScoreSchema(msgspec.Struct, frozen=True, kw_only=True, tag="score"):
     """A pipeline as it was: the logged slots, and the words behind the numbers of a score record.
 
     values: (name, type) of each logged slot, the first `n_features` of them features; reads: (view, key field) of each
-    version.
+    version. models: (name, version) of every model that a record's number can mean; running: of them, that of each model
+    of the pipeline, in its order, and digests, the sha256 of their files; deployment: how many swaps the deployment table
+    had seen. Logs from before models were swapped have none of the three.
     """
 
     pipeline: str
@@ -54,14 +65,25 @@ class ScoreSchema(msgspec.Struct, frozen=True, kw_only=True, tag="score"):
     failures: list[str]
     models: list[tuple[str, str]]
     arms: list[tuple[str, list[str]]]
+    running: list[int] = []
+    digests: list[str] = []
+    deployment: int = 0
+
+
+class Running(msgspec.Struct, frozen=True):
+    """What a pipeline of an engine runs: (name, version, sha256) of each of its models, in its order."""
+
+    models: list[tuple[str, str, str]]
+    deployment: int = 0
 
 
 Schema = EventSchema | ScoreSchema
 NEVER = 1 << 61  # microseconds
 
 
-def schemas_of(plan: Plan, texts: list[Any]) -> list[bytes]:
-    """The schemas of an app, in the order of their numbers: event types first, then pipelines (`texts` of each)."""
+def schemas_of(plan: Plan, texts: list[Any], running: list[Running] | None = None) -> list[bytes]:
+    """The schemas of an app, in the order of their numbers: event types first, then pipelines (`texts` and what runs of
+    each)."""
     found: list[Schema] = []
     for event in plan.events.values():
         stores = [(plan.stores[i].entity, plan.stores[i].key) for i in event.stores]
@@ -75,23 +97,30 @@ def schemas_of(plan: Plan, texts: list[Any]) -> list[bytes]:
             )
         )
     for pipeline, words in zip(plan.pipelines.values(), texts):
-        logged = [pipeline.slots[i] for i in pipeline.logged]
-        found.append(
-            ScoreSchema(
-                pipeline=pipeline.name,
-                event=pipeline.event,
-                fingerprint=pipeline.fingerprint,
-                values=[(slot.name, slot.type) for slot in logged],
-                n_features=sum(slot.kind != "score" for slot in logged),
-                reads=[(read.view, read.key) for read in pipeline.reads],
-                actions=list(words.actions),
-                reasons=list(words.reasons),
-                failures=list(words.failures),
-                models=list(words.models),
-                arms=[(name, list(arms)) for name, arms in zip(words.experiments, words.arms)],
-            )
-        )
+        now = running[pipeline.index] if running is not None else Running([])
+        found.append(score_schema(pipeline, words, list(words.models), now))
     return [msgspec.json.encode(schema) for schema in found]
+
+
+def score_schema(pipeline: PipelinePlan, words: Any, models: list[tuple[str, str]], running: Running) -> ScoreSchema:
+    """A pipeline's schema. models: what the numbers of its decisions mean, those of `running` among them."""
+    logged = [pipeline.slots[i] for i in pipeline.logged]
+    return ScoreSchema(
+        pipeline=pipeline.name,
+        event=pipeline.event,
+        fingerprint=pipeline.fingerprint,
+        values=[(slot.name, slot.type) for slot in logged],
+        n_features=sum(slot.kind != "score" for slot in logged),
+        reads=[(read.view, read.key) for read in pipeline.reads],
+        actions=list(words.actions),
+        reasons=list(words.reasons),
+        failures=list(words.failures),
+        models=models,
+        arms=[(name, list(arms)) for name, arms in zip(words.experiments, words.arms)],
+        running=[models.index((name, version)) for name, version, _ in running.models],
+        digests=[digest for _, _, digest in running.models],
+        deployment=running.deployment,
+    )
 
 
 def read_schema(data: bytes) -> Schema:
@@ -142,10 +171,12 @@ def score_mapping(
     pipeline: PipelinePlan | None,
     models: list[Any] | None,
     begins: dict[str, int] | None = None,
+    running: Running | None = None,
 ) -> ScoreMapping:
     """How score records of a schema are compared with a pipeline of today; with None they are passed over.
 
     models: (name, version) of the pipeline's models, in the order of its decisions' numbers; None: they do not run.
+    running: what it runs, where that is known. Decisions are compared where the same files ran.
     begins: per event type the time before which history was dropped: a value whose window reaches further back is not
     compared.
     """
@@ -163,11 +194,20 @@ def score_mapping(
             index = -1
         place.append(index if now == kind else -1)
         keys.append(key_of.get(name, -1))
-    same = schema.fingerprint == pipeline.fingerprint and models is not None
-    same = same and [tuple(m) for m in schema.models] == [tuple(m) for m in models or []]
+    numbers = {(name, version): i for i, (name, version) in enumerate(models or [])}
+    then = [schema.models[i] for i in schema.running if i < len(schema.models)]
+    same_words = schema.fingerprint == pipeline.fingerprint and models is not None
+    if running is not None and schema.running:
+        same = then == [(name, version) for name, version, _ in running.models]
+        now = [digest for _, _, digest in running.models]
+        same = same and (not schema.digests or not all(now) or schema.digests == now)
+    else:
+        same = [tuple(m) for m in schema.models] == [tuple(m) for m in models or []]
+    same = same and same_words
     strings = [int(kind == "string") for _, kind in schema.values]
     since = _since(schema, plan, pipeline, begins) if begins else None
-    return ScoreMapping(pipeline.index, place, strings, keys, same, since)
+    which = [numbers.get((name, version), -1) for name, version in schema.models]
+    return ScoreMapping(pipeline.index, place, strings, keys, same, since, which, same_words)
 
 
 def _since(schema: ScoreSchema, plan: Plan, pipeline: PipelinePlan, begins: dict[str, int]) -> list[int]:
