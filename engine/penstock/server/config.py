@@ -38,6 +38,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_deadline: Annotated[float, Meta(ge=0, le=3600)] | None = None
 
 
+Port = Annotated[int, Meta(ge=0, le=65535)]
+
+
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of `penstock serve`. Sizes are in bytes, times in seconds."""
 
@@ -51,10 +54,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     load: Annotated[str | None, Meta(description="with explicit: models to load at start, separated by commas")] = None
     poll_interval: Annotated[float, Meta(gt=0, le=86400, description="between two looks at the model folder, s")] = 1.0
     trace_file: Annotated[str | None, Meta(description="where traces go that a client of /v2 asks for")] = None
-    resp_port: Annotated[int | None, Meta(ge=0, le=65535, description="port for Redis clients; 0 takes a free one")] = (
-        None
-    )
-    grpc_port: Annotated[int | None, Meta(ge=0, le=65535, description="port for gRPC; 0 takes a free one")] = None
+    resp_port: Annotated[Port | None, Meta(description="port for Redis clients; 0 takes a free one")] = None
+    grpc_port: Annotated[Port | None, Meta(description="port for gRPC; 0 takes a free one")] = None
     password: Annotated[str | None, Meta(description="what Redis clients must say with AUTH")] = None
     queue_rows: Annotated[int, Meta(ge=1, description="rows that may wait per pipeline or model")] = 4096
     deadline: Annotated[float, Meta(ge=0, le=3600, description="of a request that names none, s; 0: none")] = 5.0
@@ -161,7 +162,7 @@ def parse_flags(arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
             continue
         meta = next(m for m in hint.__metadata__ if isinstance(m, Meta))
         kind = typing.get_args(hint)[0]
-        if isinstance(kind, types.UnionType):
+        while typing.get_origin(kind) in (types.UnionType, typing.Union, Annotated):
             kind = typing.get_args(kind)[0]
         default = "" if field.default is None else f" (default {field.default})"
         if kind is bool:
