@@ -22,6 +22,7 @@ cdef class Route:
         readonly tuple    methods
         readonly Lane     lane           # None: answered at once, whatever the load
         readonly Target   target         # of "infer"
+        readonly Route    counts         # whose counters count its requests; None: its own
         int               native
         int               index
         Core              core
@@ -70,6 +71,9 @@ cdef class HttpServer(WireServer):
         dict               errors
         Route              unmatched
         Route              unmatched_oip
+        public object      trace          # called with the times of every inference, or None
+        int64_t            clock_ns       # the same moment by two clocks
+        int64_t            clock_ticks
 
         readonly int64_t   max_body
         readonly int64_t   max_head
@@ -128,6 +132,7 @@ cdef class Connection(WireConnection):
     cdef int count(self, Head head, int status) except -1
     cdef int respond(self, Head head, int status, bytes kind, bytes payload, bytes extra) except -1
     cdef int respond_infer(self, Head head, InferCall call) except -1
+    cdef int traced(self, InferCall call, int64_t arrival) except -1
     cdef int respond_compressed(self, Head head, InferCall call) except -1
     cdef int overloaded(self, Head head, int why) except -1
     cdef int refuse(self, Head head, int status, str code, str message, object path, bytes extra) except -1

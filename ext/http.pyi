@@ -1,12 +1,15 @@
 """HTTP/1.1 on uvloop: routes, what connections share, and the protocol."""
 
 from asyncio import Protocol
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypedDict
 
+from .flow import Flow, Lane
+from .infer import Target
 from .log import EventLog
 
 Handler = Callable[[str, bytes], tuple[int, bytes, bytes]]
+AsyncHandler = Callable[[str, bytes], Awaitable[tuple[int, bytes, bytes]]]
 
 STATUSES: Final[tuple[int, ...]]
 BUCKETS: Final[tuple[float, ...]]
@@ -29,8 +32,9 @@ class RequestError(Exception):
 class Route:
     """One path of the server and its counters.
 
-    kind: "score", "events" (answered natively) or "handler":
-    `handler(query, body) -> (status, content type, payload)`.
+    kind: "score", "events", "infer" (answered natively), "handler":
+    `handler(query, body) -> (status, content type, payload)`, or "async": the same, awaited. errors: "penstock" or
+    "oip". counts: the Route whose counters count its requests.
     """
 
     @property
@@ -45,12 +49,15 @@ class Route:
         kind: str,
         methods: tuple[str, ...],
         *,
-        index: int | None = None,
+        index: int = 0,
+        core: Any = None,
         decode_one: Callable[[bytes], Any] | None = None,
         decode_many: Callable[[bytes], list[Any]] | None = None,
-        call_one: Callable[..., Any] | None = None,
-        call_many: Callable[..., Any] | None = None,
-        handler: Handler | None = None,
+        handler: Handler | AsyncHandler | None = None,
+        target: Target | None = None,
+        lane: Lane | None = None,
+        errors: str = "penstock",
+        counts: Route | None = None,
     ) -> None: ...
     def counters(self) -> RouteCounters: ...
 
@@ -60,12 +67,15 @@ class HttpServer:
     draining: bool
     event_log: EventLog | None
     reuse_heads: bool
+    trace: Callable[[str, str, str, list[tuple[str, int]]], object] | None
     def __init__(
         self,
         routes: dict[str, Route],
         *,
         not_found: Callable[[str], str],
         event_error: type[Exception],
+        flow: Flow | None = None,
+        resolve: Callable[[str], Route | None] | None = None,
         log: Callable[[BaseException], object] | None = None,
         max_body: int = ...,
         max_head: int = ...,
@@ -101,6 +111,7 @@ class HttpServer:
     def tell_date(self) -> None: ...
     def sweep(self) -> None: ...
     def close_idle(self, force: bool = False) -> int: ...
+    def forget(self, prefix: str = "/") -> None: ...
 
 class Connection(Protocol):
     """The protocol of one connection, as uvloop calls it."""

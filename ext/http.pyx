@@ -32,6 +32,9 @@ from penstock._ext.wire cimport OUT_SOFT, WireConnection, WireServer
 
 from penstock._ext.infer import InferError
 
+cdef extern from "tensor.h" nogil:
+    int64_t ps_ticks()
+
 cdef extern from "http_head.h" nogil:
     ctypedef struct ps_http_fields:
         int64_t content_length
@@ -114,10 +117,11 @@ cdef class Route:
     `index` say which pipeline or event type. kind "infer" runs `target`'s model. kind "handler" calls
     `handler(query: str, body: bytes) -> (status, content_type: bytes, payload: bytes)`; kind "async" awaits it, and only
     its own connection waits. lane: queue and limits of score, events and infer. errors: "penstock" or "oip".
+    counts: the Route whose counters count its requests, where many paths are one row of the metrics.
     """
 
     def __init__(self, str label, str kind, tuple methods, *, int index=0, core=None, decode_one=None, decode_many=None,
-                 handler=None, Target target=None, Lane lane=None, str errors="penstock"):
+                 handler=None, Target target=None, Lane lane=None, str errors="penstock", Route counts=None):
         self.label = label
         self.kind = kind
         self.methods = methods
@@ -131,6 +135,7 @@ cdef class Route:
         self.target = target
         self.lane = target.lane if target is not None and lane is None else lane
         self.oip = {"penstock": False, "oip": True}[errors]
+        self.counts = counts
 
     def counters(self):
         """`{"buckets": counts per bound of BUCKETS and above, "count", "seconds", "statuses": {status: n}}`."""
@@ -145,6 +150,8 @@ cdef class Route:
 
 cdef void observe(Route route, int status_index, int64_t ns) noexcept:
     cdef int i = 0
+    if route.counts is not None:
+        route = route.counts
     while i < N_BUCKETS - 1 and ns > BOUNDS[i]:
         i += 1
     route.buckets[i] += 1
@@ -188,6 +195,8 @@ cdef class HttpServer(WireServer):
         self.errors = {}
         self.unmatched = Route("other", "handler", ())
         self.unmatched_oip = Route("v2/other", "handler", (), errors="oip")
+        self.clock_ns = ps_http_now()
+        self.clock_ticks = ps_ticks()
         self.max_body = max_body
         self.max_head = max_head
         self.max_fields = max_fields
@@ -206,8 +215,9 @@ cdef class HttpServer(WireServer):
         return dict(self.errors)
 
     def all_routes(self):
-        """Every Route once, the one that counts unmatched requests last."""
-        return [*dict.fromkeys([*self.routes.values(), *self.resolved.values()]), self.unmatched_oip, self.unmatched]
+        """Every Route that counts once, the one of unmatched requests last."""
+        routes = [*self.routes.values(), *self.resolved.values()]
+        return [*dict.fromkeys((<Route>r).counts or r for r in routes), self.unmatched_oip, self.unmatched]
 
     def forget(self, str prefix="/"):
         """Ask `resolve` anew about paths that begin so."""
@@ -771,7 +781,7 @@ cdef class Connection(WireConnection):
         cdef int64_t deadline = 0
         cdef int admitted = INLINE
         if model is None:
-            raise RequestError(404, "not_found", f"model {target.name!r} is not loaded")
+            raise RequestError(503, "not_loaded", f"model {target.name!r} is not loaded")
         if head.inference < -1 or head.inference > <int64_t>n:
             raise RequestError(400, "bad_request", "Inference-Header-Content-Length: expected the bytes of the JSON header, "
                                                    f"at most the body's {n}")
@@ -786,6 +796,8 @@ cdef class Connection(WireConnection):
             call.finish()
             began = self.started
             self.respond_infer(head, call)
+            if self.server.trace is not None:
+                self.traced(call, began)
             if lane is not None:
                 lane.observe(call.rows, self.started - began)
             return 0
@@ -917,6 +929,25 @@ cdef class Connection(WireConnection):
                 part = call.part(i, &n)
                 server.put(part, n)
         return self.count(head, 200)
+
+    cdef int traced(self, InferCall call, int64_t arrival) except -1:
+        """Give the times of an inference, in ns, to who asked for traces. Nothing that happens there undoes the answer."""
+        cdef HttpServer server = self.server
+        cdef int64_t now = ps_http_now()
+        cdef int64_t ticks = ps_ticks()
+        cdef double ns = <double>(now - server.clock_ns) / <double>max(<int64_t>1, ticks - server.clock_ticks)
+        cdef int64_t last = arrival
+        times = [("REQUEST_START", arrival)]
+        for name, at in (("QUEUE_START", call.decoded), ("COMPUTE_START", call.started), ("COMPUTE_END", call.ended)):
+            last = max(last, now - <int64_t>(<double>(ticks - at) * ns))
+            times.append((name, last))
+        times.append(("REQUEST_END", max(last, now)))
+        try:
+            request = msgspec.json.decode(b'"' + call.id[:call.id_n] + b'"') if call.id != NULL else ""
+            server.trace(call.model.name, call.model.version, request, times)
+        except Exception as error:
+            traceback.print_exception(error, file=sys.stderr)
+        return 0
 
     cdef int respond_compressed(self, Head head, InferCall call) except -1:
         cdef size_t n = 0
@@ -1065,6 +1096,8 @@ cdef class HttpWork(Work):
         self.inference.finish()
         self.ready()
         self.connection.respond_infer(self.head, self.inference)
+        if self.connection.server.trace is not None:
+            self.connection.traced(self.inference, self.arrival)
         self.lane.observe(self.rows, ps_http_now() - began)
         return DONE
 
@@ -1154,6 +1187,8 @@ cdef class HttpWork(Work):
                 if self.connection.transport is not None:
                     self.ready()
                     self.connection.respond_infer(self.head, self.inference)
+                    if self.connection.server.trace is not None:
+                        self.connection.traced(self.inference, self.arrival)
         except Exception as error:
             return self.fail(error)
         return self.done()

@@ -73,6 +73,7 @@ class OipRoutes:
         self.tracing = Tracing() if tracing is None else tracing
         self.log = ServerLog() if log is None else log
         self.instances = instances
+        self._counts: dict[str, Route] = {}
         self.fixed: dict[str, Route] = {}
         fixed: tuple[tuple[str, tuple[str, ...], Callable[[bytes], Any]], ...] = (
             ("/v2", READ, lambda body: self.server_metadata()),
@@ -86,10 +87,10 @@ class OipRoutes:
             ("/v2/logging", BOTH, self._logging),
         )
         for path, methods, answer in fixed:
-            self.fixed[path] = _route(path.strip("/"), methods, answer)
+            self.fixed[path] = self._route(path.strip("/"), methods, answer)
         for kind in ("systemsharedmemory", "cudasharedmemory"):
-            self.fixed[f"/v2/{kind}/status"] = _route(f"v2/{kind}/status", READ, lambda body: [])
-            self.fixed[f"/v2/{kind}/unregister"] = _route(f"v2/{kind}/unregister", WRITE, lambda body: {})
+            self.fixed[f"/v2/{kind}/status"] = self._route(f"v2/{kind}/status", READ, lambda body: [])
+            self.fixed[f"/v2/{kind}/unregister"] = self._route(f"v2/{kind}/unregister", WRITE, lambda body: {})
 
     def resolve(self, path: str) -> Route | None:
         """The Route of a path that names a model or a region. Names are those of the folder, decoded from percents."""
@@ -101,21 +102,25 @@ class OipRoutes:
                 pass
             case ["", "v2", "repository", "models", name, "load" | "unload" as verb] if name:
                 change = self._load if verb == "load" else self._unload
-                return Route(f"v2/repository/{verb}", "async", WRITE, handler=_changes(change, name), errors="oip")
+                label = f"v2/repository/{verb}"
+                return Route(
+                    label, "async", WRITE, handler=_changes(change, name), errors="oip", counts=self._count(label)
+                )
             case ["", "v2", "systemsharedmemory" | "cudasharedmemory" as kind, "region", region, verb] if region:
                 return self._region(kind, region, verb)
             case _:
                 return None
         if self.repository.table.target(name) is None:
             return None
-        what = "/".join(rest)
+        what = "/".join(rest) if rest != [""] else "/"
         if what == "infer":
             target = self.repository.table.target(name, version)
             if target is None:
                 return None
-            return Route(f"infer/{name}", "infer", WRITE, target=target, errors="oip")
+            label = f"infer/{name}"
+            return Route(label, "infer", WRITE, target=target, errors="oip", counts=self._count(label))
         if what == "trace/setting" and not version:
-            return _route("v2/models/trace", BOTH, lambda body: self._trace_setting(body, name))
+            return self._route("v2/models/trace", BOTH, lambda body: self._trace_setting(body, name))
         answers: dict[str, Callable[[str, str], Any]] = {
             "": self.model_metadata,
             "ready": self.model_ready,
@@ -125,7 +130,7 @@ class OipRoutes:
         answer = answers.get(what)
         if answer is None:
             return None
-        return _route("/".join(["v2/model", *rest]), READ, lambda body: answer(name, version))
+        return self._route("/".join(["v2/model", *rest]), READ, lambda body: answer(name, version))
 
     def not_found(self, path: str) -> str:
         """What a 404 says about a path under /v2."""
@@ -153,8 +158,8 @@ class OipRoutes:
         wanted = f"model {name[:100]!r}" + (f", version {version[:40]!r}," if version else "")
         for row in self.repository.index():
             if row["name"] == name and version in ("", row.get("version", "")):
-                why = row.get("reason") or row.get("state", "unavailable").lower()
-                raise RequestError(503, "not_loaded", f"{wanted} is not loaded: {why}")
+                why = f"; it is {row['state']} {row.get('reason', '')}".rstrip()
+                raise RequestError(503, "not_loaded", f"{wanted} is not loaded{why}")
         raise RequestError(404, "not_found", self._unknown(name, version) or f"{wanted} is not here")
 
     def model_metadata(self, name: str, version: str = "") -> dict[str, Any]:
@@ -215,9 +220,9 @@ class OipRoutes:
             raise RequestError(501, "unsupported", "shared memory is not supported; send tensors in the body")
 
         if verb == "unregister":
-            return _route(f"v2/{kind}/unregister", WRITE, lambda body: {})
+            return self._route(f"v2/{kind}/unregister", WRITE, lambda body: {})
         if verb in ("status", "register"):
-            return _route(f"v2/{kind}/{verb}", READ if verb == "status" else WRITE, refuse)
+            return self._route(f"v2/{kind}/{verb}", READ if verb == "status" else WRITE, refuse)
         return None
 
     async def _load(self, name: str, parameters: dict[str, Any]) -> None:
@@ -242,6 +247,21 @@ class OipRoutes:
         self.log.say("info", f"model {name} is unloaded")
 
     # What is there.
+
+    def _route(self, label: str, methods: tuple[str, ...], answer: Callable[[bytes], Any]) -> Route:
+        """A Route whose handler gives a plain value; a query is ignored, as Triton does."""
+
+        def handler(query: str, body: bytes) -> Answer:
+            try:
+                return 200, JSON, msgspec.json.encode(answer(body))
+            except SettingError as error:
+                raise RequestError(501 if error.unsupported else 400, "bad_setting", str(error)) from None
+
+        return Route(label, "handler", methods, handler=handler, errors="oip", counts=self._count(label))
+
+    def _count(self, label: str) -> Route:
+        """The Route that counts for every path with this label, so that the metrics hold one row of each."""
+        return self._counts.setdefault(label, Route(label, "handler", (), errors="oip"))
 
     def _unknown(self, name: str, version: str = "") -> str:
         """Why there is no such model or version; "" when there is."""
@@ -288,18 +308,6 @@ def _tensor(port: Any) -> dict[str, Any]:
 def _dims(port: Any, batched: bool) -> dict[str, Any]:
     kind = "TYPE_STRING" if port.datatype == "BYTES" else f"TYPE_{port.datatype}"
     return {"name": port.name, "data_type": kind, "dims": list(port.shape[1:] if batched else port.shape)}
-
-
-def _route(label: str, methods: tuple[str, ...], answer: Callable[[bytes], Any]) -> Route:
-    """A Route whose handler gives a plain value; a query is ignored, as Triton does."""
-
-    def handler(query: str, body: bytes) -> Answer:
-        try:
-            return 200, JSON, msgspec.json.encode(answer(body))
-        except SettingError as error:
-            raise RequestError(501 if error.unsupported else 400, "bad_setting", str(error)) from None
-
-    return Route(label, "handler", methods, handler=handler, errors="oip")
 
 
 def _changes(change: Callable[[str, dict[str, Any]], Any], name: str) -> Callable[[str, bytes], Any]:

@@ -154,6 +154,7 @@ def build_server(
 
     if oip is not None:
         oip.not_ready = not_ready
+        oip.tracing.on_change = lambda hook: setattr(server, "trace", hook)
 
     def ready(query: str, body: bytes) -> tuple[int, bytes, bytes]:
         why = not_ready()
