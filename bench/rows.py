@@ -58,10 +58,21 @@ BARS = {
     "pit.unsorted_rows_per_s": Bar(5e5, 1e6, least=True),
     "pit.peak_memory_ratio": Bar(1.2),
     "pit.unsorted_peak_memory_ratio": Bar(1.6),
-    "http.score_ratio_to_floor": Bar(0.4, 0.5, least=True),
-    "http.p99_ratio_to_floor": Bar(2.0, 1.5),
+    "http.score_ratio_to_floor": Bar(0.5, 0.6, least=True),
+    "http.p99_ratio_to_floor": Bar(1.5),
+    "http.p999_ratio_to_floor": Bar(2.0),
     "http.fastapi_ratio": Bar(10.0, least=True),
     "cold_start_s": Bar(1.5),
+    "oip.binary_ratio_to_floor": Bar(0.5, 0.65, least=True),
+    "resp.score_per_s_pipelined": Bar(150e3, 250e3, least=True),
+    "resp.ratio_to_redis_d1": Bar(0.6, 0.8, least=True),
+    "resp.ratio_to_redis_d16": Bar(0.2, 0.33, least=True),
+    "overload.goodput_ratio": Bar(0.85, 0.9, least=True),
+    "overload.p99_of_deadline": Bar(1.0),
+    "overload.fraud_http": Bar(0.6, least=True),
+    "overload.fraud_resp": Bar(0.7, least=True),
+    "models.many_p99_ratio": Bar(2.0),
+    "peers.best_ratio": Bar(12.0, least=True),
 }
 
 

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,16 @@ def answer_of(port: int, method: str, path: str, body: bytes | None, timeout: fl
         connection.close()
 
 
+def said(port: int, command: bytes, timeout: float = 5.0) -> bytes:
+    """The beginning of what a RESP server says to one inline command on a new connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as s:
+        s.sendall(command + b"\r\n")
+        return s.recv(65536)
+
+
 class Server:
-    """A server process pinned to one core. Use as a context manager; it is ready when `probe` is answered 200.
+    """A server process pinned to one core. Use as a context manager; it is ready when `probe` is answered 200, or when
+    `ready()` is true, where that is given.
 
     `started_s` is the time from process start to that first answer.
     """
@@ -126,6 +134,7 @@ class Server:
         port: int,
         *,
         probe: tuple[str, str, bytes | None] = ("GET", "/", None),
+        ready: Callable[[], bool] | None = None,
         ready_within: float = 60.0,
         core: int | None = SERVER_CORE,
         env: dict[str, str] | None = None,
@@ -133,7 +142,7 @@ class Server:
         name: str = "server",
     ) -> None:
         self.command, self.port, self.probe, self.name = list(command), port, probe, name
-        self.ready_within, self.core, self.cwd = ready_within, core, cwd
+        self.ready, self.ready_within, self.core, self.cwd = ready, ready_within, core, cwd
         self.env = {**os.environ, **(env or {})}
         self.log = CACHE / f"{name}.log"
         self.started_s = 0.0
@@ -151,7 +160,10 @@ class Server:
             if self.process.poll() is not None:
                 raise RuntimeError(f"{self.name} ended with code {self.process.returncode}: {self.tail()}")
             try:
-                status, body = answer_of(self.port, *self.probe)
+                if self.ready is not None:
+                    status, body = (200 if self.ready() else 0), b""
+                else:
+                    status, body = answer_of(self.port, *self.probe)
                 if status == 200:
                     self.started_s = time.perf_counter() - begin
                     return self
@@ -181,3 +193,13 @@ class Server:
 
     def cpu_seconds(self) -> float:
         return cpu_seconds(self.process.pid)
+
+    def resident_bytes(self) -> int:
+        """Resident memory of the process itself."""
+        fields = Path(f"/proc/{self.process.pid}/statm").read_text().split()
+        return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def frame(bodies: Sequence[bytes]) -> bytes:
+    """Bodies as `loadgen --framed` reads them."""
+    return b"".join(len(body).to_bytes(4, "little") + body for body in bodies)

@@ -15,7 +15,8 @@
  *
  * Output: one JSON object on stdout. Body file: one request body per line, used in turn; with --framed, each body stands
  * behind its length (4 bytes, little endian) instead, so that it may be binary. --body-raw: the file is one body.
- * --request-raw: the file is one whole HTTP request, sent byte for byte (what another client sent, say).
+ * --request-raw: the file is one whole HTTP request, sent byte for byte (what another client sent, say); with --framed,
+ * as many as there are.
  * Marks in a body become event times, of the k-th request --stamp-start + k * --stamp-step:
  *   20 '@'                          RFC 3339, UTC, seconds
  *   16 '#'                          a JSON integer in units of which --stamp-unit make a second, spaces behind it
@@ -733,7 +734,7 @@ static const char USAGE[] =
     "               [--requests N]        closed loop: end after N requests, if --duration does not end first\n"
     "               [--framed]            bodies stand behind their lengths (4 bytes, little endian), not on lines\n"
     "               [--body-raw FILE]     the file is one body\n"
-    "               [--request-raw FILE]  the file is one whole request, sent as it is\n"
+    "               [--request-raw FILE]  the file is one whole request, sent as it is; with --framed, several\n"
     "               [--protocol resp --command 'WORD ...']   Redis protocol: the command, a body as its last argument\n"
     "               [--rate R]            open loop: R Poisson arrivals per second (default: closed loop)\n"
     "               [--burst 1]           open loop: so many arrive at once, on one connection (at most --pipeline)\n"
@@ -814,7 +815,9 @@ int main(int argc, char **argv) {
     if (whole) lead_words = -2;
     else if (is_resp) lead_of_resp(command);
     else lead_of_http(method ? method : bodies || raw ? "POST" : "GET", path, host, port, extra);
-    if (raw) {
+    if (raw && framed) {
+        load_requests(raw, framed);
+    } else if (raw) {
         size_t n;
         char *body = read_file(raw, &n);
         add_request(body, n);

@@ -2,7 +2,8 @@
 
 Control path; no time limit. Says what did not install or start, and goes on. Servers stand on core 0 with all their
 processes, the client on core 1; 64 connections, closed loop, features in the request (they keep no windows, split
-nothing and apply no rules). Writes bench/results/peers.json. Options: --only litserve,bentoml   --clean
+nothing and apply no rules). `peers.best_ratio` sets our server with the same ONNX file, asked as tritonclient asks,
+against the best of them. Writes bench/results/peers.json. Options: --only litserve,bentoml   --clean
 """
 
 from __future__ import annotations
@@ -56,6 +57,14 @@ class Peer:
 
 
 PEERS = {
+    "fastapi": Peer(
+        ("fastapi", "uvicorn[standard]", "onnxruntime", "numpy"),
+        (
+            *("{bin}/uvicorn", "app.fastapi_server:app", "--app-dir", str(HERE.parent), "--port", "{port}"),
+            *("--log-level", "warning", "--no-access-log"),
+        ),
+        "/score",
+    ),
     "litserve": Peer(
         ("litserve", "onnxruntime", "numpy"),
         ("{python}", str(HERE / "litserve_server.py"), "--port", "{port}"),
@@ -215,8 +224,43 @@ def ours_rows(seconds: float) -> list[dict[str, Any]]:
     ]
 
 
+def ours_oip_rows(seconds: float) -> list[dict[str, Any]]:
+    """Our server with the peers' own model and nothing else: binary inferences shaped as tritonclient's."""
+    from load.oip import check, models_server, requests
+
+    path = requests("fraud", "probabilities", 15)
+    port = free_port()
+    options = {"request_raw": path, "framed": True, "connections": 64}
+    with models_server(port, train.folder() / "served", ready="fraud") as server:
+        check(port, "fraud", "probabilities", path)
+        run_load(port, duration=2.0, **options)
+        runs = [run_load(port, duration=seconds, **options) for _ in range(3)]
+        started = server.started_s
+    middle = {key: statistics.median([r[key] for r in runs]) for key in ("requests_per_s", "p50_us", "p99_us")}
+    return [
+        row("peers.penstock_oip.requests_per_s", middle["requests_per_s"], "requests/s", COMMAND),
+        row("peers.penstock_oip.p50_ms", middle["p50_us"] / 1000, "ms", COMMAND),
+        row("peers.penstock_oip.p99_ms", middle["p99_us"] / 1000, "ms", COMMAND),
+        row("peers.penstock_oip.cold_start_s", started, "s", COMMAND),
+    ]
+
+
+def best_row(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Our requests per second with the same model over those of the best peer that ran."""
+    rate = {r["name"].split(".")[1]: r["value"] for r in rows if r["name"].endswith(".requests_per_s")}
+    ours = rate.get("penstock_oip")
+    peers = {name: value for name, value in rate.items() if name in PEERS and value}
+    if ours is None or not peers:
+        if ours is None and not any(r["name"] == "peers.penstock_oip" for r in rows):
+            return []  # not asked for
+        return [error_row("peers.best_ratio", "no figure of ours" if ours is None else "no peer ran", COMMAND)]
+    best = max(peers, key=lambda name: peers[name])
+    print(f"  .. best peer: {best}, {peers[best]:,.0f} requests/s", file=sys.stderr, flush=True)
+    return [row("peers.best_ratio", ours / peers[best], f"ours/{best}", COMMAND)]
+
+
 def main(arguments: list[str] | None = None) -> int:
-    names = ["penstock", *PEERS, "lleaves"]
+    names = ["penstock", "penstock_oip", *PEERS, "lleaves"]
     parser = argparse.ArgumentParser(prog="bench/peers/run.py", description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="NAMES", help=f"a comma-separated part of {','.join(names)}")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of each of the 3 runs")
@@ -234,6 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             if name == "penstock":
                 rows += ours_rows(options.seconds)
+            elif name == "penstock_oip":
+                rows += ours_oip_rows(options.seconds)
             elif name == "lleaves":
                 rows += lleaves_rows()
             else:
@@ -241,6 +287,8 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as e:
             rows.append(error_row(f"peers.{name}", f"{type(e).__name__}: {e}", COMMAND))
         write(rows, HERE.parent / "results" / "peers.json")
+    rows += best_row(rows)
+    write(rows, HERE.parent / "results" / "peers.json")
     print(table(rows))
     failed = [r["name"] for r in rows if r["value"] is None]
     if failed:

@@ -99,3 +99,20 @@ def test_the_file_holds_a_list_of_rows(tmp_path):
     with pytest.raises(ValueError):
         write([{"name": "a"}], path)
     assert json.loads(path.read_text()) == stored
+
+
+def test_the_best_peer_is_found():
+    from peers.run import best_row
+
+    rows = [
+        row("peers.penstock_oip.requests_per_s", 60_000.0, "requests/s", ""),
+        row("peers.penstock.requests_per_s", 90_000.0, "requests/s", ""),
+        row("peers.fastapi.requests_per_s", 2_500.0, "requests/s", ""),
+        row("peers.litserve.requests_per_s", 500.0, "requests/s", ""),
+        error_row("peers.ray", "no", ""),
+    ]
+    (best,) = best_row(rows)
+    assert (best["value"], best["unit"]) == (24.0, "ours/fastapi")
+    assert best_row(rows[2:]) == []
+    assert best_row(rows[:2])[0]["unit"] == "error"
+    assert best_row([*rows[1:], error_row("peers.penstock_oip", "no", "")])[0]["unit"] == "error"
