@@ -83,3 +83,9 @@ cdef class IdSource:
 
 
 cdef object slot_value(ps_slot slot, uint8_t status, str type, const char *strings)
+
+
+cdef enum:
+    PS_SHORTEST_ROOM = 32
+
+cdef int number_text(double value, char *out) noexcept

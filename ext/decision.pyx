@@ -23,7 +23,6 @@ cdef extern from "shortest.h" nogil:
     enum:
         PS_POWER_MIN
         PS_POWER_MAX
-        PS_SHORTEST_ROOM
     void ps_shortest_set(int k, uint64_t high, uint64_t low)
     int ps_shortest(double value, char *out)
 
@@ -141,6 +140,16 @@ cdef class DecisionTexts:
         self.json_room = _room(self.json_actions, self.json_reasons, self.json_failures, self.json_models, self.json_arms)
         self.pack_room = _room(self.pack_actions, self.pack_reasons, self.pack_failures, self.pack_models, self.pack_arms)
         self.reasons_of = {0: ()}
+
+    def add_model(self, str name, str version):
+        """One more model, behind the others: decisions that were made keep their words. Between two events."""
+        cdef DecisionTexts grown = DecisionTexts(
+            pipeline=self.pipeline, actions=self.actions, reasons=self.reasons, models=(*self.models, (name, version)),
+            experiments=self.experiments, arms=self.arms, failures=self.failures, features=self.features,
+            fallback=self.fallback)
+        self.json_models, self.pack_models = grown.json_models, grown.pack_models
+        self.json_room, self.pack_room = grown.json_room, grown.pack_room
+        self.models = grown.models
 
     def reasons_for(self, uint64_t fired, int failed=-1):
         """The reasons of the rules that fired, in the rules' order; then the failure's, where something failed."""
@@ -379,6 +388,11 @@ cdef inline int pack_number(char *out, double value, bint present) noexcept:
     for i in range(8):
         out[1 + i] = <char>(bits >> (56 - 8 * i) & 255)
     return 9
+
+
+cdef int number_text(double value, char *out) noexcept:
+    """The shortest decimal of a number into PS_SHORTEST_ROOM bytes; `null` for what is not finite."""
+    return ps_shortest(value, out)
 
 
 def shortest(double value):

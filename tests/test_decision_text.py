@@ -76,7 +76,7 @@ shop = Pipeline(
 def test_msgpack_says_what_json_says(orders):
     engine = Engine({"shop": shop, "spend": spend})
     for customer, amount in orders:
-        decision = engine.score("shop", {"customer": customer, "amount": amount, "at": Timestamp.now()}, explain=True)
+        decision = engine.score({"customer": customer, "amount": amount, "at": Timestamp.now()}, explain=True)
         for explain in (False, True):
             text = msgspec.json.decode(decision.json(explain))
             assert msgspec.msgpack.decode(decision.msgpack(explain)) == text
