@@ -529,6 +529,11 @@ class Engine:
 
     # models that are swapped while the engine runs
 
+    @property
+    def loaded_models(self) -> Mapping[tuple[Any, ...], tuple[Runtime, str, str, str]]:
+        """(reference, inputs it is given or None) -> (runtime, name, version, sha256), of all pipelines."""
+        return self._runtimes
+
     def running(self, pipeline: int) -> Running:
         """What a pipeline runs now, by the pipeline's index."""
         from .offline.schemas import Running
@@ -541,7 +546,7 @@ class Engine:
         self, runtimes: Mapping[tuple[Any, ...], tuple[Runtime, str, str, str]], deployment: int = 0
     ) -> list[Any]:
         """Run other models from the next event on, all of them between the same two events. runtimes: a key of
-        _runtimes -> (runtime, name, version, sha256); their inputs are bound by the features' names.
+        loaded_models -> (runtime, name, version, sha256); their inputs are bound by the features' names.
 
         With a log, score records then name the new models, with the deployment's number. Returns what held the old
         ones: large, and best dropped in another thread. Raises DefinitionError where a model does not fit, LogError
@@ -718,7 +723,7 @@ def _runtime_key(step: ModelStep) -> tuple[Any, ...]:
 
 
 def fit(plan: PipelinePlan, step: ModelStep, runtime: Runtime) -> tuple[list[int], int]:
-    """Slots of a model's inputs, by the features' names, and its output. Raises DefinitionError where it does not fit."""
+    """Slots of a model's inputs, by the features' names, and its output. Raises DefinitionError."""
     slots = plan.slot_types
     inputs = runtime.inputs
     if inputs is None:

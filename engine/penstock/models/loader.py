@@ -2,9 +2,9 @@
 
 Parsing is slow Python, and one busy Python thread makes an event loop wake late by milliseconds; so the serving process
 does none of it. The child hands back what it made in memory that both have mapped: of trees the flat arrays
-(ext/tree_form.h), from which the kernel's tables are built with the GIL released; of other ONNX files their bytes. What
-must stay true: whatever a file holds, whoever kills the child, the answer is a model or a ModelError; and the child ends
-with its parent.
+(ext/tree_form.h), from which the kernel's tables are built with the GIL released; of other ONNX files their bytes.
+What must stay true: whatever a file holds, whoever kills the child, the answer is a model or a ModelError; and the
+child ends with its parent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 import msgspec
 
-from .folder import SUFFIXES, ModelError, aliases, is_name, is_version, model_file, models, version_key, versions
+from .folder import SUFFIXES, ModelError, aliases, is_name, model_file, models, versions
 from .runtime import Runtime
 
 __all__ = ["Compiled", "FoundModel", "FoundVersion", "Loader", "build", "low_priority", "main"]
@@ -38,7 +38,7 @@ _MOST = 1 << 30  # bytes of a message
 
 
 class FoundVersion(msgspec.Struct, frozen=True):
-    """One version in the folder: its file as it was seen; or why it has none. moving: it changed since the last look."""
+    """A version in the folder: its file as it was seen, or why it has none. moving: it changed since the last look."""
 
     version: str
     path: str = ""
@@ -180,7 +180,7 @@ def _write(descriptor: int, data: bytes | memoryview) -> None:
 
 
 class Loader:
-    """The child as its parent sees it. Calls come from one thread at a time, which they hold up; another may stop it."""
+    """The child as its parent sees it. A call holds up its thread until the child has answered; another may stop it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -208,8 +208,8 @@ class Loader:
         try:
             with its:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "penstock.models.loader"],
-                    stdin=its,
+                    [sys.executable, "-m", "penstock.models.loader", str(os.getpid())],
+                    stdin=its.fileno(),
                     stdout=subprocess.DEVNULL,
                     process_group=0,  # a Ctrl-C at the terminal is the parent's to handle
                     env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
@@ -513,9 +513,8 @@ def _compile(request: Compile, path: Path, data: bytes) -> tuple[Compiled, bytes
     )
 
 
-def _serve(channel: socket.socket) -> None:
+def _serve(channel: socket.socket, parent: int) -> None:
     """Answer until the parent ends."""
-    parent = os.getppid()
     child = _Child()
     while True:
         ready, _, _ = select.select([channel], [], [], LOOK_EVERY)
@@ -545,14 +544,14 @@ def _serve(channel: socket.socket) -> None:
 
 
 def main() -> int:
-    """Run as `python -m penstock.models.loader`, its standard input a socket."""
+    """Run as `python -m penstock.models.loader PARENT`, its standard input a socket."""
     with contextlib.suppress(OSError):
         # Only where nothing else wants the core, as the keeper: a server that shares it does not wait for a slice.
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with contextlib.suppress(ValueError, OSError):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     channel = socket.socket(fileno=os.dup(0))
-    _serve(channel)
+    _serve(channel, int(sys.argv[1]) if len(sys.argv) > 1 else os.getppid())
     return 0
 
 

@@ -34,10 +34,10 @@ class OnnxSource(NamedTuple):
 
     @classmethod
     def of(cls, path: Path, data: bytes | None, output: str | None, name: str) -> OnnxSource:
-        """A file (its bytes, where they have been read) cut down to one output. Raises ModelError for a wrong output."""
+        """A file (its bytes, where they were read) cut down to one output. Raises ModelError for a wrong output."""
         from .._ext.onnx import choose_output
 
-        if data is None and path.stat().st_size > _CUT_BYTES or data is not None and len(data) > _CUT_BYTES:
+        if (data is None and path.stat().st_size > _CUT_BYTES) or (data is not None and len(data) > _CUT_BYTES):
             return cls(path, output, output, None)
         try:
             cut, shown = only_output(path.read_bytes() if data is None else data, output, choose_output)

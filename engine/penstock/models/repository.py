@@ -1,9 +1,9 @@
 """The repository (control path): a model folder as served models, kept up to date while they serve.
 
-Every version's folder is served under its number, the newest also under no version. Finding, reading and parsing happens
-in a child process (loader.py), building and freeing in a thread of low priority; the loop only swaps. What must stay
-true: a load that fails changes nothing that serves, and says why in the index; loads of one model come one after the
-other; and nothing is ever written into the folder.
+Every version's folder is served under its number, the newest also under no version. Finding, reading and parsing
+happens in a child process (loader.py), building and freeing in a thread of low priority; the loop only swaps. What must
+stay true: a load that fails changes nothing that serves, and says why in the index; loads of one model come one after
+the other; and nothing is ever written into the folder.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ class ModelRepository:
     # changing it
 
     def start(self) -> None:
-        """Load what `control` says, in this thread, before anything serves. A model that fails is in the index; a folder
-        that cannot be read raises ModelError."""
+        """Load what `control` says, in this thread, before anything serves. A model that fails is in the index; where
+        the folder cannot be read, ModelError is raised."""
         found, _ = self.loader.scan(self.root, whole=True)
         wanted = None if self.control != "explicit" else set(self.names or ())
         for missing in sorted((wanted or set()) - {model.name for model in found}):
@@ -174,16 +174,18 @@ class ModelRepository:
         given = None if not files else _read_files(name, files)
         if not is_name(name):
             raise UnknownModel(f"model {name[:100]!r}: names are letters, digits, '_', '-' and '.'")
-        model = self._models.get(name) or _Model(name)
+        model = self._of(name)
         async with model.lock:
             if given is not None:
                 found = FoundModel(name, given[0])
             else:
                 found = await self._run(lambda: self.loader.look(self.root, name))
             if found.gone:
+                if not model.versions:
+                    self._models.pop(name, None)
                 known = ", ".join(sorted(self._models)[:20])
                 raise UnknownModel(f"model {name} is not in {self.root}; there are {known or 'none'}")
-            model = self._models.setdefault(name, model)
+            self._models[name] = model
             if config is not None:
                 model.config = settings
             elif given is None:
@@ -259,7 +261,7 @@ class ModelRepository:
             raise ModelError("the repository is closed")
         if self.control == "none":
             raise ModelError(
-                'models are neither loaded nor unloaded while serving; start with control "explicit" or "poll"'
+                'models stay as they were at the start; start with control "explicit" or "poll" to change them'
             )
 
     def _of(self, name: str) -> _Model:
@@ -285,12 +287,15 @@ class ModelRepository:
         async with model.lock:
             if found.problem:
                 self._warn(found.problem)
-            if not model.unloaded and not model.given:
+            if model.given:
+                pass  # what came with a load is not the folder's
+            elif found.gone:
+                self._swap(model, [], {}, {})
+                self._models.pop(found.name, None)
+                self._rows.clear()
+            elif not model.unloaded:
                 for problem in await self._bring(model, found, None):
                     self._warn(problem)
-                if found.gone:
-                    del self._models[found.name]
-                    self._rows.clear()
             if self.pipelines is not None and not found.gone:
                 for problem in await self._swap_pipelines(found):
                     self._warn(problem)
@@ -455,8 +460,9 @@ def _read_config(name: str, config: str | None) -> _Config:
     policy = settings.version_policy
     if policy is not None:
         kind = next(iter(policy), "")
-        inner = policy.get(kind)
-        good = len(policy) == 1 and isinstance(inner, dict)
+        said = policy.get(kind)
+        good = len(policy) == 1 and isinstance(said, dict)
+        inner: dict[str, Any] = said if isinstance(said, dict) else {}
         if good and kind == "latest":
             count = inner.get("num_versions", 1)
             good = isinstance(count, int) and not isinstance(count, bool) and count >= 1
@@ -488,7 +494,7 @@ def _check_config(config: _Config, compiled: Compiled, ref: str) -> None:
 def _allowed(config: _Config, found: FoundModel) -> set[str]:
     """Versions that the policy lets serve."""
     numbers = [one.version for one in found.versions]
-    policy = config.version_policy or {"all": {}}
+    policy: dict[str, Any] = config.version_policy or {"all": {}}
     if "latest" in policy:
         return set(sorted(numbers, key=version_key)[-policy["latest"].get("num_versions", 1) :])
     if "specific" in policy:
@@ -505,7 +511,8 @@ def _read_files(name: str, files: Mapping[str, bytes]) -> tuple[list[FoundVersio
         suffix = file.removeprefix("model")
         if not slash or not is_version(version) or not file.startswith("model") or suffix not in SUFFIXES:
             raise ModelError(
-                f"model {name}: file {key[:100]!r}: expected <version>/model{', .../model'.join(SUFFIXES)}, as 1/model.onnx"
+                f"model {name}: file {key[:100]!r}: expected a version and a file name, as 1/model.onnx; "
+                f"file names are model{', model'.join(SUFFIXES)}"
             )
         if version in content:
             raise ModelError(f"model {name}: version {version} was given two files")

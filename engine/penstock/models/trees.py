@@ -13,7 +13,15 @@ from penstock._ext.trees import TreeModel, compile_form
 
 from .tree_ensemble import NotATreeModel, TreeEnsemble, TreeError
 
-__all__ = ["NotATreeModel", "TreeEnsemble", "TreeModel", "compile_form", "load_trees", "parse_ensemble", "read_ensemble"]
+__all__ = [
+    "NotATreeModel",
+    "TreeEnsemble",
+    "TreeModel",
+    "compile_form",
+    "load_trees",
+    "parse_ensemble",
+    "read_ensemble",
+]
 
 
 def read_ensemble(path: str | os.PathLike[str]) -> TreeEnsemble:

@@ -49,9 +49,9 @@ class ScoreSchema(msgspec.Struct, frozen=True, kw_only=True, tag="score"):
     """A pipeline as it was: the logged slots, and the words behind the numbers of a score record.
 
     values: (name, type) of each logged slot, the first `n_features` of them features; reads: (view, key field) of each
-    version. models: (name, version) of every model that a record's number can mean; running: of them, that of each model
-    of the pipeline, in its order, and digests, the sha256 of their files; deployment: how many swaps the deployment table
-    had seen. Logs from before models were swapped have none of the three.
+    version. models: (name, version) of every model that a record's number can mean; running: of them, that of each
+    model of the pipeline, in its order, and digests, the sha256 of their files; deployment: how many swaps the
+    deployment table had seen. Logs from before models were swapped have none of the three.
     """
 
     pipeline: str
@@ -199,8 +199,8 @@ def score_mapping(
     same_words = schema.fingerprint == pipeline.fingerprint and models is not None
     if running is not None and schema.running:
         same = then == [(name, version) for name, version, _ in running.models]
-        now = [digest for _, _, digest in running.models]
-        same = same and (not schema.digests or not all(now) or schema.digests == now)
+        digests = [digest for _, _, digest in running.models]
+        same = same and (not schema.digests or not all(digests) or schema.digests == digests)
     else:
         same = [tuple(m) for m in schema.models] == [tuple(m) for m in models or []]
     same = same and same_words
