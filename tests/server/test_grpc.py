@@ -25,9 +25,10 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 from penstock._ext.flow import Lane
-from penstock._ext.infer import InferError
+from penstock._ext.infer import InferError, ServedModel
 from penstock.errors import PenstockError
 from penstock.models.folder import ModelError
+from penstock.models.repository import ModelRepository
 from penstock.server.grpc_messages import HEALTH, INFERENCE, SERVICES, health, oip
 from penstock.server.grpc_server import GrpcServer, start_grpc
 
@@ -184,7 +185,7 @@ class FakeRepository:
         self.asked: list[Any] = []
         self.table = self
 
-    def add(self, model: FakeModel, **limits: Any) -> FakeModel:
+    def add(self, model: Any, **limits: Any) -> Any:
         lane = Lane(model.name, row_ns=model.row_ns, **limits)
         self.targets[model.name] = SimpleNamespace(name=model.name, version="", model=model, lane=lane)
         return model
@@ -226,8 +227,8 @@ class FakeRepository:
 class Running:
     """A gRPC server on a uvloop in a thread of its own."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.repository = FakeRepository()
+    def __init__(self, repository: Any = None, **settings: Any) -> None:
+        self.repository = FakeRepository() if repository is None else repository
         self.state = {"ready": True}
         self.settings = {"host": "127.0.0.1", "port": 0, "max_message": 1 << 20, "threads": 2, **settings}
         self.started = threading.Event()
@@ -236,8 +237,11 @@ class Running:
     def _run(self) -> None:
         import uvloop
 
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(self._serve())
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._serve())
+        finally:
+            self.started.set()
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -251,6 +255,7 @@ class Running:
     def __enter__(self) -> Running:
         self.thread.start()
         assert self.started.wait(10)
+        assert self.thread.is_alive()
         self.channel = grpc.insecure_channel(self.address)
         return self
 
@@ -576,7 +581,7 @@ def test_errors(running: Running) -> None:
     missing = ask(StatusCode.NOT_FOUND, raw_request("none"))
     assert missing.startswith("no model 'none'; have ")
     assert ask(StatusCode.NOT_FOUND, raw_request(model_version="9")) == "model fp32 has no version '9'; have 3"
-    assert ask(StatusCode.UNAVAILABLE, raw_request("gone")) == "model 'gone' is not loaded: unloaded"
+    assert ask(StatusCode.UNAVAILABLE, raw_request("gone")).startswith("model 'gone' is not loaded")
     request = raw_request()
     request.outputs.add(name="nothing")
     assert ask(StatusCode.INVALID_ARGUMENT, request) == "outputs[0]: no 'nothing'; have score"
@@ -759,7 +764,7 @@ def test_the_queue_has_an_end(slow: Running) -> None:
     asked += futures(slow, 3)
     waits(slow, 3)
     details = slow.refused(StatusCode.UNAVAILABLE, lambda: slow.send("ModelInfer", raw_request("slow")))
-    assert details == "model slow: overloaded: 3 rows wait, and the queue holds 3; try again"
+    assert details == "model slow: the queue is full: 3 rows wait, and it holds 3; retry later"
     model.gate.set()
     assert [future.result().outputs[0].shape[0] for future in asked] == [1, 1, 1, 1]
 
@@ -789,7 +794,7 @@ def test_deadlines(slow: Running) -> None:
     request = raw_request("slow")
     request.parameters["timeout"].int64_param = 30_000
     details = slow.refused(StatusCode.DEADLINE_EXCEEDED, lambda: slow.send("ModelInfer", request))
-    assert details.startswith("model slow: deadline: the request waited")
+    assert details.startswith("model slow: it could not be answered by its deadline: it waited")
     assert "needs another 50.0 ms" in details
     assert model.calls == []
     request.parameters["timeout"].int64_param = 300_000
@@ -826,8 +831,11 @@ def test_the_lanes_timeouts() -> None:
 def test_a_client_that_leaves(slow: Running) -> None:
     model = slow.repository.targets["slow"].model
     model.gate = threading.Event()
-    first, second, third = futures(slow, 1) + futures(slow, 2)
-    waits(slow, 2)
+    asked = []
+    for rows in range(3):
+        asked += futures(slow, 1)
+        waits(slow, rows)
+    first, second, third = asked
     second.cancel()
     waits(slow, 1)
     first.cancel()
@@ -848,7 +856,7 @@ def test_too_many_calls() -> None:
         held = futures(server, 4)
         waits(server, 3)
         details = server.refused(StatusCode.UNAVAILABLE, lambda: server.send("ModelInfer", raw_request()))
-        assert details == "overloaded: 4 calls are under way; try again"
+        assert details == "overloaded: 4 calls are under way; retry later"
         stream = server.channel.stream_stream(f"/{INFERENCE}/ModelStreamInfer")
         server.refused(StatusCode.UNAVAILABLE, lambda: list(stream(iter([b""]), timeout=5)))
         model.gate.set()
@@ -867,6 +875,129 @@ def test_stop_answers_what_is_under_way() -> None:
         assert asked.result().model_name == "slow"
         server.thread.join(5)
         assert server.refused(StatusCode.UNAVAILABLE, lambda: server.call("ServerLive"))
+
+
+# Real models.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Any:
+    """A model folder: trees of 30 features in two versions, and `pair` with one."""
+    import lightgbm
+
+    root = tmp_path_factory.mktemp("models")
+    random = np.random.default_rng(7)
+    rows = random.normal(size=(800, 30))
+    for name, version, trees in (("trees", "1", 5), ("trees", "2", 100), ("pair", "1", 2)):
+        data = lightgbm.Dataset(rows, rows[:, 0] * rows[:, 1] > 0)
+        booster = lightgbm.train({"objective": "binary", "verbosity": -1, "num_threads": 1}, data, trees)
+        (root / name / version).mkdir(parents=True)
+        booster.save_model(root / name / version / "model.txt")
+    return root
+
+
+@pytest.fixture(scope="module")
+def real(folder: Any) -> Iterator[Running]:
+    repository = ModelRepository(folder, control="explicit", names=["trees", "pair"], lane=Lane)
+    repository.start()
+    with Running(repository) as server:
+        yield server
+        asyncio.run_coroutine_threadsafe(repository.close(), server.loop).result(10)
+
+
+def test_trees_answer_as_their_library_does(real: Running, folder: Any) -> None:
+    import lightgbm
+
+    rows = np.random.default_rng(8).normal(size=(50, 30))
+    with triton.InferenceServerClient(real.address) as client:
+        metadata = client.get_model_metadata("trees")
+        assert list(metadata.versions) == ["1", "2"]
+        for version, wanted in (("", "2"), ("1", "1"), ("2", "2")):
+            booster = lightgbm.Booster(model_file=folder / "trees" / wanted / "model.txt")
+            tensor = triton_input(rows, "FP64", metadata.inputs[0].name)
+            result = client.infer("trees", [tensor], model_version=version)
+            assert result.get_response().model_version == wanted
+            scores = result.as_numpy(metadata.outputs[0].name)
+            assert scores.ravel().tolist() == booster.predict(rows).tolist()
+        stats = client.get_inference_statistics("trees", "1").model_stats[0]
+        assert (stats.inference_count, stats.execution_count, stats.inference_stats.success.count) == (50, 1, 1)
+        assert stats.inference_stats.compute_infer.ns > 0
+        assert stats.batch_stats[0].batch_size == 50
+        config = client.get_model_config("trees").config
+        assert (config.platform, list(config.input[0].dims)) == ("penstock_trees", [30])
+        # Values of our own stubs, typed.
+        request = oip.ModelInferRequest(model_name="trees", model_version="1")
+        tensor = request.inputs.add(name=metadata.inputs[0].name, datatype="FP64", shape=[50, 30])
+        tensor.contents.fp64_contents.extend(rows.ravel().tolist())
+        answer = real.send("ModelInfer", request)
+        booster = lightgbm.Booster(model_file=folder / "trees" / "1" / "model.txt")
+        assert list(answer.outputs[0].contents.fp64_contents) == booster.predict(rows).tolist()
+
+
+def test_onnx_graphs(tmp_path: Any) -> None:
+    """FP16 and texts go through as they are."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    with Running() as server, triton.InferenceServerClient(server.address) as client:
+        for name, kind, operator in (("half", TensorProto.FLOAT16, "Neg"), ("text", TensorProto.STRING, "Identity")):
+            ports = [helper.make_tensor_value_info(port, kind, ["rows", 2]) for port in "xy"]
+            graph = helper.make_graph([helper.make_node(operator, ["x"], ["y"])], name, ports[:1], ports[1:])
+            path = tmp_path / f"{name}.onnx"
+            onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+            server.repository.add(ServedModel(name, "3", None, path=path))
+        result = client.infer("half", [triton_input([[0.5, -2]], "FP16", "x")])
+        assert result.as_numpy("y").tolist() == [[-0.5, 2]]
+        texts = triton.InferInput("x", [2, 2], "BYTES")
+        given = np.array([["é".encode(), b""], [b"a b", b"\n"]], object)
+        texts.set_data_from_numpy(given)
+        assert client.infer("text", [texts]).as_numpy("y").tolist() == given.tolist()
+        request = oip.ModelInferRequest(model_name="text")
+        request.inputs.add(name="x", datatype="BYTES", shape=[1, 2]).contents.bytes_contents.extend([b"a", b"b"])
+        assert list(server.send("ModelInfer", request).outputs[0].contents.bytes_contents) == [b"a", b"b"]
+        request = raw_request("half", datatype="FP16", values=[[1, 2]])
+        request.inputs[0].name = "x"
+        request.raw_input_contents[0] += b"0"
+        details = server.refused(StatusCode.INVALID_ARGUMENT, lambda: server.send("ModelInfer", request))
+        assert "inputs[0]: expected 4 bytes for FP16" in details
+
+
+def test_refusals_of_real_models(real: Running) -> None:
+    def ask(code: Any, **fields: Any) -> str:
+        return real.refused(code, lambda: real.send("ModelInfer", raw_request(**fields)))
+
+    assert "inputs[0]" in ask(StatusCode.INVALID_ARGUMENT, model="pair")
+    assert "no model 'none'" in ask(StatusCode.NOT_FOUND, model="none")
+    assert "model trees has no version '7'" in ask(StatusCode.NOT_FOUND, model="trees", model_version="7")
+    request = raw_request("pair", values=np.zeros((1, 30)).tolist())
+    request.inputs[0].name = real.repository.model("pair").inputs[0].name
+    request.outputs.add(name="nothing")
+    details = real.refused(StatusCode.INVALID_ARGUMENT, lambda: real.send("ModelInfer", request))
+    assert "outputs[0].name: no output is called 'nothing'" in details
+
+
+def test_load_and_unload(real: Running, folder: Any) -> None:
+    rows = np.zeros((1, 30))
+    with triton.InferenceServerClient(real.address) as client:
+        with pytest.raises(InferenceServerException, match="none") as caught:
+            client.load_model("none")
+        assert caught.value.status() == "StatusCode.NOT_FOUND"
+        client.unload_model("pair")
+        assert not client.is_model_ready("pair")
+        with pytest.raises(InferenceServerException, match="is not loaded") as caught:
+            client.infer("pair", [triton_input(rows, "FP64")])
+        assert caught.value.status() == "StatusCode.UNAVAILABLE"
+        states = {(model.name, model.version): model.state for model in client.get_model_repository_index().models}
+        assert states == {("pair", "1"): "UNAVAILABLE", ("trees", "1"): "READY", ("trees", "2"): "READY"}
+        client.load_model("pair")
+        assert client.is_model_ready("pair")
+        given = (folder / "trees" / "1" / "model.txt").read_bytes()
+        client.load_model("given", config="{}", files={"file:4/model.txt": given})
+        assert client.is_model_ready("given", "4")
+        with pytest.raises(InferenceServerException) as caught:
+            client.load_model("given", config="{}", files={"file:5/model.txt": b"no trees"})
+        assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+        client.unload_model("given")
 
 
 # Memory.

@@ -24,6 +24,7 @@ from .._ext.http import RequestError
 from .._ext.infer import InferError
 from ..errors import PenstockError
 from ..models.folder import ModelError
+from ..models.repository import UnknownModel
 from .oip import OipRoutes
 from .tracing import SettingError
 
@@ -47,6 +48,7 @@ FAR = 1 << 62
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     501: grpc.StatusCode.UNIMPLEMENTED,
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -266,7 +268,7 @@ class _Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         return method.call(self, method, self.open >= self.max_calls)
 
     def too_many(self) -> Refusal:
-        return Refusal(grpc.StatusCode.UNAVAILABLE, f"overloaded: {self.max_calls} calls are under way; try again")
+        return Refusal(grpc.StatusCode.UNAVAILABLE, f"overloaded: {self.max_calls} calls are under way; retry later")
 
     def status(self, error: Exception) -> tuple[Any, str]:
         """(code, details) of an error; one that nobody expected is INTERNAL, and its place goes to the log.
@@ -281,6 +283,8 @@ class _Service(grpc.GenericRpcHandler):  # type: ignore[misc]
                 return _CODES.get(error.status, other), str(error)
             case SettingError():
                 return _CODES[501 if error.unsupported else 400], str(error)
+            case UnknownModel():
+                return grpc.StatusCode.NOT_FOUND, str(error)
             case ModelError():
                 return grpc.StatusCode.INVALID_ARGUMENT, str(error)
             case PenstockError():
@@ -487,8 +491,8 @@ class _Pool:
         if lane is not None:
             held = self.waiting[name] + lane.waiting
             if held and held + rows > lane.max_rows:
-                most = f"{held} rows wait, and the queue holds {lane.max_rows}"
-                raise Refusal(grpc.StatusCode.UNAVAILABLE, f"model {name}: overloaded: {most}; try again")
+                most = f"{held} rows wait, and it holds {lane.max_rows}"
+                raise Refusal(grpc.StatusCode.UNAVAILABLE, f"model {name}: the queue is full: {most}; retry later")
         before = sum(entry[2] for entry in self._heap if entry[0] <= priority and not entry[3].done()) // self.threads
         now = time.monotonic_ns()
         if now + before + cost > deadline:
@@ -539,8 +543,8 @@ class _Pool:
 
 
 def _late(name: str, waited: int, needed: int = 0) -> Refusal:
-    what = f"needs another {needed / 1e6:.1f} ms" if needed else "its time has run out"
-    text = f"model {name}: deadline: the request waited {max(0, waited) / 1e6:.1f} ms, and {what}"
+    what = f"and needs another {needed / 1e6:.1f} ms" if needed else "and its time has run out"
+    text = f"model {name}: it could not be answered by its deadline: it waited {max(0, waited) / 1e6:.1f} ms, {what}"
     return Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, text)
 
 
