@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+SECONDS ?= 1800
 NATIVE := $(wildcard ext/*.pyx ext/*.pxd ext/*.c ext/*.h) setup.py pyproject.toml
 
-.PHONY: test ci-extra lint demo bench bench-peers clean tools
+.PHONY: test ci-extra lint demo bench bench-peers soak clean tools
 
 tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "make: CPython 3.11 or newer is needed as '$(PYTHON)' (set PYTHON=...)" >&2; exit 1; }
@@ -55,6 +56,10 @@ demo: $(VENV)/built $(VENV)/extra-demo
 
 bench: $(VENV)/built $(VENV)/extra-bench
 	@$(BIN)/python bench/run.py $(ARGS)
+
+# Half an hour of load, and whether anything drifts: make soak SECONDS=300 for less.
+soak: $(VENV)/built $(VENV)/extra-bench
+	@$(BIN)/python bench/load/soak.py --seconds $(SECONDS) $(ARGS)
 
 bench-peers: $(VENV)/built $(VENV)/extra-bench
 	@$(BIN)/python bench/peers/run.py $(ARGS)
