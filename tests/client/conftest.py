@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import struct
@@ -178,11 +179,34 @@ def deadlines_known(shop: Any) -> Iterator[None]:
         yield
 
 
+class RespServed(served_app.Served):
+    """The shop app over RESP too."""
+
+    def __init__(self, password: str | None = None) -> None:
+        from penstock.server.config import ServerConfig
+        from penstock.server.resp import build_resp
+
+        super().__init__()
+        self.resp = build_resp(self.engine, ServerConfig(password=password), flow=self.flow)
+
+    async def _serve(self) -> None:
+        acceptor = await asyncio.get_running_loop().create_server(self.resp, "127.0.0.1", 0)
+        self.resp_port = acceptor.sockets[0].getsockname()[1]
+        try:
+            await super()._serve()
+        finally:
+            acceptor.close()
+            self.resp.close_idle(force=True)
+            await asyncio.sleep(0.01)
+
+
 @contextlib.contextmanager
-def resp_server() -> Iterator[str]:
-    """The shop app served over RESP."""
-    pytest.skip("the RESP server is not there yet")
-    yield ""
+def resp_server(password: str | None = None) -> Iterator[str]:
+    """The URL of the shop app served over RESP, without its password."""
+    with mock.patch.object(served_app, "APP", SHOP):
+        running = RespServed(password)
+    with running:
+        yield f"resp://127.0.0.1:{running.resp_port}"
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,7 @@ DECISION = (
     b'"outcome":"applied"}'
 )
 numbers = itertools.count()
+MARGIN = 0.3  # seconds that a busy machine may add to a deadline
 
 
 def payment(**changes: Any) -> dict[str, Any]:
@@ -466,7 +467,7 @@ def test_deadlines_hold(peers: Any, app: Any) -> None:
             started = time.monotonic()
             with pytest.raises(DeadlineExceeded) as caught:
                 client.score("pay", app.Payment(**payment()))
-            assert 0.15 < time.monotonic() - started < 0.4
+            assert 0.15 < time.monotonic() - started < 0.2 + MARGIN
             assert caught.value.sent
             assert isinstance(caught.value, TimeoutError)
         assert client.score("pay", payment(), timeout=5).score == 0.25
@@ -479,7 +480,7 @@ def test_deadlines_hold(peers: Any, app: Any) -> None:
                 started = time.monotonic()
                 with pytest.raises(DeadlineExceeded) as caught:
                     await client.score("pay", app.Payment(**payment()))
-                assert 0.15 < time.monotonic() - started < 0.4
+                assert 0.15 < time.monotonic() - started < 0.2 + MARGIN
                 assert caught.value.sent
                 assert (await client.score("pay", payment(), timeout=5)).score == 0.25
 
@@ -507,7 +508,7 @@ def test_a_trickle_does_not_stretch_the_deadline(peers: Any) -> None:
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded):
             client.score("pay", payment())
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 0.3 + MARGIN
     listener.close()
 
 
@@ -520,7 +521,7 @@ def test_one_deadline_covers_all_attempts(peers: Any, app: Any) -> None:
         started = time.monotonic()
         with pytest.raises((ConnectionLost, DeadlineExceeded)):
             client.score("pay", app.Payment(**payment()))
-        assert time.monotonic() - started < 0.6
+        assert time.monotonic() - started < 0.4 + MARGIN
         assert 2 <= len(peer.requests) <= 5
 
 
@@ -615,7 +616,7 @@ def test_a_call_waits_for_a_connection_within_its_timeout(peers: Any) -> None:
             client.score("pay", payment(), timeout=0.1)
         assert caught.value.code == "pool"
         assert not caught.value.sent
-        assert time.monotonic() - started < 0.3
+        assert time.monotonic() - started < 0.1 + MARGIN
         assert client.score("pay", payment()).score == 0.25  # waits for the other
         other.join()
         assert peer.accepted == 1

@@ -31,6 +31,7 @@ from penstock.client import (
 
 NOW = datetime.now(UTC).replace(microsecond=123000)
 numbers = itertools.count()
+MARGIN = 0.3  # seconds that a busy machine may add to a deadline
 
 
 class Paid(Event, event_id="payment"):
@@ -348,6 +349,17 @@ def test_greeting(peers: Any) -> None:
     )
 
 
+def test_passwords(peers: Any) -> None:
+    with peers.resp_server("pass word") as url:
+        with Client(url.replace("//", "//:pass%20word@")) as client:
+            assert client.score("pay", payment()).outcome == "applied"
+        for wrong in (url, url.replace("//", "//:pass@"), url.replace("//", "//bob:pass%20word@")):
+            with Client(wrong) as client:
+                with pytest.raises(AccessDenied):
+                    client.score("pay", payment())
+                assert not client.ready()
+
+
 def test_busy_is_tried_again_when_the_server_said(peers: Any) -> None:
     def answer(number: int, command: list[bytes]) -> bytes:
         return b"-BUSY overloaded: the queue is full, retry in 150 ms\r\n" if number == 0 else DECISION
@@ -425,7 +437,7 @@ def test_deadlines_hold(peers: Any) -> None:
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded) as caught:
             client.score("pay", Paid(**payment()))
-        assert 0.15 < time.monotonic() - started < 0.4
+        assert 0.15 < time.monotonic() - started < 0.2 + MARGIN
         assert caught.value.sent
         assert client.score("pay", payment(), timeout=5).score == 0.25
         timeouts = [int(command[command.index(b"TIMEOUT") + 1]) for command in peer.requests if b"TIMEOUT" in command]
@@ -441,7 +453,7 @@ def test_no_answer_to_the_greeting(peers: Any) -> None:
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded) as caught:
             client.score("pay", payment())
-        assert time.monotonic() - started < 0.4
+        assert time.monotonic() - started < 0.2 + MARGIN
         assert not caught.value.sent
 
 
