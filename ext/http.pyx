@@ -216,8 +216,13 @@ cdef class HttpServer(WireServer):
 
     def all_routes(self):
         """Every Route that counts once, the one of unmatched requests last."""
-        routes = [*self.routes.values(), *self.resolved.values()]
-        return [*dict.fromkeys((<Route>r).counts or r for r in routes), self.unmatched_oip, self.unmatched]
+        cdef dict found = {}
+        cdef Route route
+        for route in self.routes.values():
+            found[route if route.counts is None else route.counts] = None
+        for route in self.resolved.values():
+            found[route if route.counts is None else route.counts] = None
+        return [*found, self.unmatched_oip, self.unmatched]
 
     def forget(self, str prefix="/"):
         """Ask `resolve` anew about paths that begin so."""
