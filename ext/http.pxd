@@ -64,6 +64,7 @@ cdef class HttpServer(WireServer):
         dict               routes
         dict               resolved       # path -> Route that `resolve` gave
         object             resolve
+        public object      after_tick     # for whoever measures the loop: what to call after each tick
         list               heads
         object             not_found
         object             event_error

@@ -2,7 +2,11 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
-class InferError(Exception):
+from penstock.errors import PenstockError
+
+def nanoseconds_per_tick() -> float: ...
+
+class InferError(PenstockError):
     """A request that is refused, or a model that failed: an HTTP status, and a text that says where and why."""
 
     status: int
@@ -13,6 +17,8 @@ class Port:
     name: str
     datatype: str
     shape: tuple[int, ...]
+    def __init__(self, name: str, datatype: str, shape: tuple[int, ...]) -> None: ...
+    def as_dict(self) -> dict[str, Any]: ...
 
 class ServedModel:
     """A model that answers inference requests."""
@@ -32,6 +38,7 @@ class ServedModel:
     def infer_http(self, body: bytes, header_length: int = -1) -> tuple[bytes, list[bytes]]: ...
     def infer_raw(self, data: bytes) -> list[tuple[str, str, tuple[int, ...], bytes]]: ...
     def stats(self) -> dict[str, Any]: ...
+    def _repeat(self, body: bytes, header_length: int, times: int) -> int: ...
 
 class Target:
     """A model as clients name it."""

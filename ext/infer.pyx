@@ -109,6 +109,11 @@ cdef int64_t FIRST_TICK = ps_ticks()
 cdef int64_t FIRST_NS = time.monotonic_ns()
 
 
+def nanoseconds_per_tick():
+    """What one unit of the models' sums of time is worth."""
+    return tick_ns()
+
+
 cdef double tick_ns():
     cdef int64_t ticks = ps_ticks() - FIRST_TICK
     cdef int64_t ns = time.monotonic_ns() - FIRST_NS
@@ -202,23 +207,13 @@ cdef str datatype_name(int dtype):
 
 
 def _tree_ports(runtime, path):
-    """Names, datatypes and shapes of a tree ensemble, by its file."""
-    n, k = runtime.n_inputs, runtime.n_outputs
-    suffix = "" if path is None else os.path.splitext(path)[1]
-    if suffix == ".onnx":
-        from penstock.models.onnx_protobuf import graph_ports
+    """Names, datatypes and shapes of a tree ensemble, by its file; or as its loader has found them."""
+    from penstock.models.trees import tree_ports
 
-        inputs, outputs = graph_ports(path)
-        # The label stands beside the scores as an integer or a text; a ZipMap's scores are no tensor in the file.
-        scores = [port for port in outputs if port.element in (1, 11)] or [p for p in outputs if p.element < 0]
-        if len(inputs) == 1 and scores:
-            kinds = {1: "FP32", 11: "FP64"}
-            return (
-                Port(inputs[0].name, kinds.get(inputs[0].element, "FP32"), (-1, n)),
-                Port(scores[0].name, kinds.get(scores[0].element, "FP32"), (-1, k)),
-            )
-    kind = "FP32" if suffix in (".json", ".ubj", ".onnx") else "FP64"
-    return Port("input", kind, (-1, n)), Port("score", kind, (-1, k))
+    found = getattr(runtime, "ports", None)
+    if found is None:
+        found = tree_ports(path, runtime.n_inputs, runtime.n_outputs)
+    return [Port(name, datatype, (-1, width)) for name, datatype, width in found]
 
 
 def _graph_ports(ports, label, what):

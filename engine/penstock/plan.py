@@ -234,6 +234,13 @@ def compile_plan(app: ModuleType | Mapping[str, Any], name: str | None = None) -
     return _Compiler(values, name or str(getattr(app, "__name__", "app"))).compile()
 
 
+def no_app() -> Plan:
+    """The plan of a server that has models and no app."""
+    return Plan(
+        app="models", events={}, stores=[], views={}, pipelines={}, typed_entities=frozenset(), fingerprint=_digest("")
+    )
+
+
 class _Compiler:
     """Collects definitions and problems; each step leaves out what was wrong, so that one run reports all."""
 

@@ -1,7 +1,7 @@
 """Start and stop of the server (control path).
 
-Start: take the port, load the engine, freeze what the garbage collector would walk, then accept (the kernel queues who
-comes earlier). Stop (SIGTERM or SIGINT): accept no more connections, answer what was accepted with `Connection: close`,
+Start: take the ports, load engine and models, freeze what the garbage collector would walk, then accept (the kernel
+queues who comes earlier). Stop (SIGTERM or SIGINT): accept no more connections, answer what was accepted with `Connection: close`,
 exit 0; a second signal stops at once. What must stay true: a request that arrived before the signal is answered.
 """
 
@@ -15,16 +15,20 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PenstockError
 from .config import ServerConfig, load_config
 
 if TYPE_CHECKING:
-    from .._ext.http import HttpServer
+    from .._ext.wire import WireServer
     from ..app import App
     from ..engine import Engine
+    from ..models.repository import ModelRepository
     from ..plan import Plan
+    from .grpc_server import GrpcServer
+    from .oip import OipRoutes
 
 __all__ = ["bind", "run", "sample_event", "serve"]
 
@@ -33,34 +37,38 @@ LINGER = 0.5  # an idle connection may have a request on its way: seconds to wai
 SPARE_DESCRIPTORS = 64
 
 
-def serve(app: App | Engine, **settings: Any) -> int:
+def serve(app: App | Engine | None = None, **settings: Any) -> int:
     """Serve an app, or an engine that holds state already, until SIGTERM or SIGINT. Returns 0.
 
-    settings: fields of ServerConfig; PENSTOCK_* variables and penstock.toml give the rest.
-    Raises DefinitionError for a wrong app, PenstockError where the address cannot be had.
+    app: None serves only the model folder (models=...). settings: fields of ServerConfig; PENSTOCK_* variables and
+    penstock.toml give the rest. Raises DefinitionError for a wrong app, PenstockError where an address cannot be had.
     """
     return run(app, load_config(settings))
 
 
-def run(app: App | Engine, config: ServerConfig) -> int:
+def run(app: App | Engine | None, config: ServerConfig) -> int:
     """Serve with exactly these settings."""
-    listener = bind(config.host, config.port)
+    listeners = [bind(config.host, config.port)]
     try:
+        if config.resp_port is not None:
+            listeners.append(bind(config.host, config.resp_port, "--resp-port"))
         engine = _engine(app, config)
+        repository = _repository(engine, config)
         import uvloop
 
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                return runner.run(_serve(engine, config, listener))
+                return runner.run(Serving(engine, config, repository).serve(listeners))
         finally:
             if not isinstance(app, type(engine)):
                 engine.close()
     finally:
-        listener.close()
+        for listener in listeners:
+            listener.close()
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet. Raises PenstockError that says what is in the way."""
+def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
+    """A listening socket. Raises PenstockError that says what is in the way."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as error:
@@ -75,17 +83,24 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        hint = "; --port 0 takes a free one" if port else ""
+        hint = f"; {flag} 0 takes a free one" if port else ""
         raise PenstockError(f"cannot listen on {host}:{port}: {error.strerror}{hint}") from None
     listener.setblocking(False)
     return listener
 
 
-def _engine(app: App | Engine, config: ServerConfig) -> Engine:
+def _engine(app: App | Engine | None, config: ServerConfig) -> Engine:
     from ..engine import Engine
+    from ..plan import no_app
 
     if isinstance(app, Engine):
         return app
+    if app is None:
+        if config.models is None:
+            raise PenstockError("nothing to serve: name an app, or a model folder (--models DIR)")
+        if config.log is not None:
+            raise PenstockError("--log: without an app there are no events to log")
+        return Engine(no_app())
     if config.log is None:
         return Engine(app, models=config.models)
     from ..offline.options import LogOptions
@@ -107,91 +122,211 @@ def _engine(app: App | Engine, config: ServerConfig) -> Engine:
     return engine
 
 
-async def _serve(engine: Engine, config: ServerConfig, listener: socket.socket) -> int:
-    from .._ext.flow import Flow
-    from .routes import build_server, pipeline_lanes
+def _repository(engine: Engine, config: ServerConfig) -> ModelRepository | None:
+    """The model folder as served models, loaded as the settings say; None where there is no folder."""
+    if config.models is None:
+        return None
+    from ..models.repository import ModelRepository
+    from .routes import lane_of
 
-    loop = asyncio.get_running_loop()
-    state = {"ready": False}
-    config = _within_descriptors(config)
-    flow = Flow(config.pool_threads)
-    flow.start(loop)
-    lanes = pipeline_lanes(engine, config)
-    server = build_server(engine, config, state, flow=flow, lanes=lanes)
-    stopping = asyncio.Event()
-    signals = 0
-
-    def stop() -> None:
-        nonlocal signals
-        signals += 1
-        server.draining = True
-        stopping.set()
-        if signals > 1:
-            server.close_idle(force=True)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    engine.core.prefer_latency()
-    log = engine.core.log
-    if log is not None and log.sync_us == 0:
-        engine.core.leave_waiting_to_caller()
-        server.event_log = log
-    gc.collect()
-    gc.freeze()
-    acceptor = await loop.create_server(server, sock=listener, backlog=BACKLOG)
-    state["ready"] = True
-    _announce(engine.plan, config, listener)
-    period = min(0.5, config.head_timeout / 4, config.body_timeout / 4, config.idle_timeout / 4)
-    sweeper = asyncio.ensure_future(_sweep(server, period, engine))
-    try:
-        await stopping.wait()
-        # What the kernel accepted for us before the signal is ours: take it before the listener goes.
-        await asyncio.sleep(0.02)
-        acceptor.close()
-        await _drain(server, config.drain_timeout)
-    finally:
-        sweeper.cancel()
-        server.close_idle(force=True)
-        await asyncio.sleep(0)
-        flow.stop()
-        gc.unfreeze()
-    return 0
+    names = [name.strip() for name in config.load.split(",") if name.strip()] if config.load else None
+    repository = ModelRepository(
+        config.models,
+        control=config.models_control,
+        lane=lambda name: lane_of(config, name, may_pool=True),
+        names=names,
+        engine=engine if engine.plan.pipelines else None,
+    )
+    repository.start()
+    for row in repository.index():
+        if row["state"] != "READY" and config.models_control != "explicit":
+            print(f"penstock: warning: {row['reason']}", file=sys.stderr, flush=True)
+    return repository
 
 
-async def _sweep(server: HttpServer, period: float, engine: Engine) -> None:
-    """Timeouts of connections, and what an operator should read of the log, once each."""
-    steps = refusing = 0
-    said: set[str] = set()
-    while True:
-        await asyncio.sleep(period)
-        server.sweep()
-        if engine.core.log is None:
-            continue
-        for text in engine.check_log():
-            if text not in said:
-                print(f"penstock: warning: {text}", file=sys.stderr, flush=True)
-            said.add(text)
-        stats = engine.core.log.stats()
-        if stats.error != refusing:
-            refusing = stats.error
-            what = (
-                f"the log takes no more events: {os.strerror(refusing)}" if refusing else "the log takes events again"
+class Serving:
+    """One running server: its listeners for every protocol, on one loop."""
+
+    def __init__(self, engine: Engine, config: ServerConfig, repository: ModelRepository | None) -> None:
+        self.engine = engine
+        self.config = _within_descriptors(config)
+        self.repository = repository
+        self.state = {"ready": False}
+        self.servers: list[WireServer] = []
+        self.acceptors: list[asyncio.Server] = []
+        self.tasks: list[asyncio.Future[None]] = []
+        self.grpc: GrpcServer | None = None
+
+    async def serve(self, listeners: list[socket.socket]) -> int:
+        """Accept, until a signal; then drain. Returns 0."""
+        from .._ext.flow import Flow
+        from .._ext.infer import nanoseconds_per_tick
+        from .._ext.loop_lag import LoopLag
+        from .oip import OipRoutes
+        from .routes import build_server, event_lanes_of, pipeline_lanes
+
+        engine, config, repository = self.engine, self.config, self.repository
+        loop = asyncio.get_running_loop()
+        stopping = asyncio.Event()
+        signals = 0
+
+        def stop() -> None:
+            nonlocal signals
+            signals += 1
+            for server in self.servers:
+                server.draining = True
+            stopping.set()
+            if signals > 1:
+                for server in self.servers:
+                    server.close_idle(force=True)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+        flow = Flow(config.pool_threads)
+        flow.start(loop)
+        lag = LoopLag()
+        lanes, ingest_lanes = pipeline_lanes(engine, config), event_lanes_of(engine, config)
+        oip = None if repository is None else OipRoutes(repository, instances=config.pool_threads)
+        table = None if repository is None else repository.table
+        resp = None
+        if len(listeners) > 1:
+            from .resp import build_resp
+
+            resp = build_resp(
+                engine,
+                config,
+                flow=flow,
+                lanes=lanes,
+                event_lanes=ingest_lanes,
+                find_model=None if table is None else table.target,
             )
-            print(f"penstock: {'warning: ' if refusing else ''}{what}", file=sys.stderr, flush=True)
-        if stats.clock_steps != steps:
-            steps = stats.clock_steps
-            seconds = stats.last_step_us / 1e6
-            print(f"penstock: warning: the clock was set by {seconds:+.1f} s", file=sys.stderr, flush=True)
+        http = build_server(
+            engine, config, self.state, flow=flow, lanes=lanes, event_lanes=ingest_lanes, oip=oip, resp=resp, lag=lag,
+            table=table, ns_per_tick=nanoseconds_per_tick(),
+        )  # fmt: skip
+        self.servers = [http] if resp is None else [http, resp]
+        engine.core.prefer_latency()
+        log = engine.core.log
+        if log is not None and log.sync_us == 0:
+            engine.core.leave_waiting_to_caller()
+            for server in self.servers:
+                server.event_log = log
+        gc.collect()
+        gc.freeze()
+        for server, listener in zip(self.servers, listeners):
+            self.acceptors.append(await loop.create_server(server, sock=listener, backlog=BACKLOG))
+        if config.grpc_port is not None:
+            self.grpc = await self._start_grpc(oip)
+        self.state["ready"] = True
+        lag.start(loop, http.after_tick)
+        self._announce(listeners)
+        self.tasks.append(asyncio.ensure_future(self._sweep()))
+        if repository is not None and repository.control == "poll":
+            self.tasks.append(asyncio.ensure_future(repository.watch(config.poll_interval)))
+        try:
+            await stopping.wait()
+            # What the kernel accepted for us before the signal is ours: take it before the listener goes.
+            await asyncio.sleep(0.02)
+            for acceptor in self.acceptors:
+                acceptor.close()
+            if self.grpc is not None:
+                await self.grpc.stop(config.drain_timeout)
+            await self._drain()
+        finally:
+            for task in self.tasks:
+                task.cancel()
+            for server in self.servers:
+                server.close_idle(force=True)
+            await asyncio.sleep(0)
+            lag.stop()
+            flow.stop()
+            if repository is not None:
+                await repository.close()
+            gc.unfreeze()
+        return 0
 
+    async def _start_grpc(self, oip: OipRoutes | None) -> GrpcServer:
+        if self.repository is None:
+            raise PenstockError("--grpc-port: gRPC serves models; name their folder with --models DIR")
+        from .grpc_server import start_grpc
 
-async def _drain(server: HttpServer, timeout: float) -> None:
-    """Wait until every connection is closed: those with a request answer it first, idle ones linger a little."""
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    while server.open_connections and loop.time() - began < timeout:
-        await asyncio.sleep(0.02)
-        if loop.time() - began > LINGER:
-            server.close_idle()
+        return await start_grpc(
+            self.repository,
+            host=self.config.host,
+            port=self.config.grpc_port or 0,
+            max_message=self.config.max_body,
+            state=self.state,
+            routes=oip,
+        )
+
+    async def _sweep(self) -> None:
+        """Timeouts of connections, and what an operator should read of log and models, once each."""
+        engine, config = self.engine, self.config
+        period = min(0.5, config.head_timeout / 4, config.body_timeout / 4, config.idle_timeout / 4)
+        steps = refusing = 0
+        said: set[str] = set()
+
+        def warn(texts: Sequence[str]) -> None:
+            for text in texts:
+                if text not in said:
+                    print(f"penstock: warning: {text}", file=sys.stderr, flush=True)
+                said.add(text)
+
+        while True:
+            await asyncio.sleep(period)
+            for server in self.servers:
+                server.sweep()
+            if self.repository is not None:
+                warn(self.repository.warnings)
+            if engine.core.log is None:
+                continue
+            warn(engine.check_log())
+            stats = engine.core.log.stats()
+            if stats.error != refusing:
+                refusing = stats.error
+                what = (
+                    f"the log takes no more events: {os.strerror(refusing)}"
+                    if refusing
+                    else "the log takes events again"
+                )
+                print(f"penstock: {'warning: ' if refusing else ''}{what}", file=sys.stderr, flush=True)
+            if stats.clock_steps != steps:
+                steps = stats.clock_steps
+                seconds = stats.last_step_us / 1e6
+                print(f"penstock: warning: the clock was set by {seconds:+.1f} s", file=sys.stderr, flush=True)
+
+    async def _drain(self) -> None:
+        """Wait until every connection is closed: those with a request answer it first, idle ones linger a little."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while any(s.open_connections for s in self.servers) and loop.time() - began < self.config.drain_timeout:
+            await asyncio.sleep(0.02)
+            if loop.time() - began > LINGER:
+                for server in self.servers:
+                    server.close_idle()
+
+    def _announce(self, listeners: list[socket.socket]) -> None:
+        import msgspec
+
+        plan = self.engine.plan
+        host, port = listeners[0].getsockname()[:2]
+        if not _is_loopback(host):
+            print(f"penstock: warning: {host} can be reached by others, and there are no keys yet", file=sys.stderr)
+        shown = f"[{host}]" if ":" in host else host
+        what = plan.app if self.repository is None or plan.pipelines or plan.views else self.config.models
+        print(f"penstock: serving {what} on http://{shown}:{port}")
+        if len(listeners) > 1:
+            print(f"penstock: Redis clients on {shown}:{listeners[1].getsockname()[1]}")
+        if self.grpc is not None:
+            print(f"penstock: gRPC on {shown}:{self.grpc.port}")
+        reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, shown)
+        for pipeline in list(plan.pipelines.values())[:1]:
+            body = msgspec.json.encode(sample_event(plan, pipeline.event)).decode().replace("'", "'\\''")
+            print(f"  curl http://{reachable}:{port}/v1/score/{pipeline.name} -d '{body}'")
+        if not plan.pipelines and self.repository is not None:
+            for row in self.repository.index(True)[:1]:
+                print(f"  curl http://{reachable}:{port}/v2/models/{row['name']}")
+        sys.stdout.flush()
 
 
 def _within_descriptors(config: ServerConfig) -> ServerConfig:
@@ -229,21 +364,6 @@ def sample_event(plan: Plan, name: str) -> dict[str, Any]:
         else:
             found[field.name] = samples[field.type]
     return found
-
-
-def _announce(plan: Plan, config: ServerConfig, listener: socket.socket) -> None:
-    import msgspec
-
-    host, port = listener.getsockname()[:2]
-    if not _is_loopback(host):
-        print(f"penstock: warning: {host} can be reached by others, and there are no keys yet", file=sys.stderr)
-    shown = f"[{host}]" if ":" in host else host
-    print(f"penstock: serving {plan.app} on http://{shown}:{port}")
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, shown)
-    for pipeline in list(plan.pipelines.values())[:1]:
-        body = msgspec.json.encode(sample_event(plan, pipeline.event)).decode().replace("'", "'\\''")
-        print(f"  curl http://{reachable}:{port}/v1/score/{pipeline.name} -d '{body}'")
-    sys.stdout.flush()
 
 
 def _is_loopback(host: str) -> bool:

@@ -18,7 +18,10 @@ from .config import ServerConfig
 from .metrics import Metrics
 
 if TYPE_CHECKING:
+    from .._ext.loop_lag import LoopLag
+    from .._ext.resp import RespServer
     from ..engine import Engine
+    from ..models.deployment import Deployment
     from .oip import OipRoutes
 
 __all__ = ["build_server"]
@@ -56,6 +59,11 @@ def pipeline_lanes(engine: Engine, config: ServerConfig) -> dict[str, Lane]:
     }
 
 
+def event_lanes_of(engine: Engine, config: ServerConfig) -> dict[str, Lane]:
+    """One lane per event type, for every protocol that ingests it."""
+    return {name: lane_of(config, name, row_ns=3000) for name in engine.plan.events}
+
+
 def build_server(
     engine: Engine,
     config: ServerConfig,
@@ -63,16 +71,21 @@ def build_server(
     *,
     flow: Flow | None = None,
     lanes: dict[str, Lane] | None = None,
+    event_lanes: dict[str, Lane] | None = None,
     oip: OipRoutes | None = None,
+    resp: RespServer | None = None,
+    lag: LoopLag | None = None,
+    table: Deployment | None = None,
+    ns_per_tick: float = 1.0,
 ) -> HttpServer:
     """An HttpServer with every route of the engine's plan. state: "ready" is what /health/ready tells.
 
-    flow, lanes: the loop's queues and the pipelines' lanes, shared with the other protocols. oip: what answers under
-    /v2, where models are served.
+    flow, lanes, event_lanes: the loop's queues and the lanes, shared with the other protocols. oip: what answers under
+    /v2, where models are served. resp, lag, table: what /metrics tells of beside.
     """
     plan, core = engine.plan, engine.core
-    if lanes is None:
-        lanes = pipeline_lanes(engine, config)
+    lanes = pipeline_lanes(engine, config) if lanes is None else lanes
+    ingest_lanes = event_lanes_of(engine, config) if event_lanes is None else event_lanes
     routes: dict[str, Route] = {}
     wire = {}
     for event in plan.events.values():
@@ -87,7 +100,7 @@ def build_server(
             index=event.index,
             decode_one=one.decode,
             decode_many=many.decode,
-            lane=lane_of(config, event.name, row_ns=3000),
+            lane=ingest_lanes[event.name],
         )
     for pipeline in plan.pipelines.values():
         one_of, many_of = wire[pipeline.event]
@@ -138,7 +151,18 @@ def build_server(
         idle_timeout=config.idle_timeout,
         write_timeout=config.write_timeout,
     )
-    metrics = Metrics(engine, server, state)
+    metrics = Metrics(
+        engine,
+        server,
+        state,
+        lanes=lambda: [*lanes.values(), *ingest_lanes.values()],
+        flow=flow,
+        table=table,
+        ns_per_tick=ns_per_tick,
+        resp=resp,
+        lag=lag,
+    )
+    server.after_tick = metrics.tick
     index = (
         "".join(f"{' and '.join(route.methods)} {path}\n" for path, route in routes.items())
         + "GET /health/live\nGET /health/ready\nGET /metrics\nGET /status\nGET /openapi.json\n"
