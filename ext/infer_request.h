@@ -823,7 +823,7 @@ static int ps_read_input(ps_json *j, const ps_ports *ports, ps_request *r, int i
 static int ps_read_output(ps_json *j, const ps_ports *ports, ps_request *r, int index) {
     ps_text key, name = {NULL, 0, 0};
     ps_wanted wanted = {-1, -1, 0};
-    int parameters = 0;
+    int parameters = 0, classified = 0;
     int more = ps_json_open(j, '{', '}', "an object in outputs");
     while (more == 1) {
         if (ps_json_string(j, &key, "a key") || ps_json_take(j, ':', "':'")) return -1;
@@ -838,8 +838,10 @@ static int ps_read_output(ps_json *j, const ps_ports *ports, ps_request *r, int 
             while (inner == 1) {
                 if (ps_json_string(j, &key, "a key") || ps_json_take(j, ':', "':'")) return -1;
                 if (PS_IS(&key, "binary_data")) {
+                    if (wanted.binary >= 0) return ps_twice(j, "outputs", index, &key);
                     if (ps_json_truth(j, "outputs", index, "binary_data", &wanted.binary)) return -1;
                 } else if (PS_IS(&key, "classification")) {
+                    if (classified++) return ps_twice(j, "outputs", index, &key);
                     if (ps_json_count(j, "outputs", index, "parameters.classification", &wanted.classes)) return -1;
                 } else if (ps_is_shared_memory(&key))
                     return ps_no_shared_memory(j, "outputs", index);
@@ -896,7 +898,7 @@ static int ps_request_read(const ps_ports *ports, ps_request *r, const char *beg
                            int opened, ps_fault *fault) {
     ps_json j = {p, end, begin, fault};
     ps_text key, text;
-    int inputs = -1, outputs = -1, parameters = 0, has_id = opened, more = 1;
+    int inputs = -1, outputs = -1, parameters = 0, has_id = opened, more = 1, seen = 0;
     int8_t binary = 0;
     if (!opened) more = ps_json_open(&j, '{', '}', "an object");
     while (more == 1) {
@@ -938,11 +940,17 @@ static int ps_request_read(const ps_ports *ports, ps_request *r, const char *beg
             while (each == 1) {
                 if (ps_json_string(&j, &key, "a key") || ps_json_take(&j, ':', "':'")) return -1;
                 if (PS_IS(&key, "binary_data_output")) {
+                    if (seen & 1) return ps_refuse(fault, 400, "parameters.binary_data_output: given twice");
+                    seen |= 1;
                     if (ps_json_truth(&j, NULL, 0, "binary_data_output", &binary)) return -1;
                 } else if (PS_IS(&key, "timeout")) {
+                    if (seen & 2) return ps_refuse(fault, 400, "parameters.timeout: given twice");
+                    seen |= 2;
                     if (ps_json_count(&j, NULL, 0, "timeout", &r->timeout_us)) return -1;
                 } else if (PS_IS(&key, "priority")) {
                     int64_t priority;
+                    if (seen & 4) return ps_refuse(fault, 400, "parameters.priority: given twice");
+                    seen |= 4;
                     if (ps_json_count(&j, NULL, 0, "priority", &priority)) return -1;
                     r->priority = priority > INT32_MAX ? INT32_MAX : (int)priority;
                 } else if (ps_json_skip(&j, 0))

@@ -331,10 +331,11 @@ static int ps_class_order(const void *left, const void *right) {
 
 /* to: a BYTES tensor of rows x k, in memory of its own (to->data, free it). 0, or -1 without memory. */
 static int ps_classify(const ps_tensor *from, int64_t rows, int64_t k, int batched, ps_tensor *to) {
-    int64_t columns = rows > 0 ? from->count / rows : 0;
+    int64_t columns = 1; /* no overflow: the shape has been counted */
     size_t size = ps_dtypes[from->dtype].size;
     ps_writer w = {NULL, 0, 0};
     double value;
+    for (int d = batched; d < from->rank; d++) columns = from->dims[d] && columns ? columns * from->dims[d] : 0;
     if (k > columns) k = columns;
     ps_class *order = (ps_class *)malloc(sizeof *order * (size_t)(columns + 1));
     if (order == NULL || ps_write_room(&w, 64)) goto fail;
