@@ -40,6 +40,7 @@ class Group:
 GROUPS = {
     "trees": Group("micro.trees", True, 240),
     "onnx": Group("micro.onnx", True, 90),
+    "infer": Group("micro.infer", True, 90),
     "split": Group("micro.split", True, 60),
     "expressions": Group("micro.expressions", True, 60),
     "windows": Group("micro.windows", True, 180),
