@@ -726,6 +726,9 @@ cdef class Connection(WireConnection):
         work.deadline = deadline
         work.priority = head.priority
         work.head = head
+        if route.native == SCORE and p[at] == b"{":
+            # One event: with others for the same pipeline that wait too, if they ask the same.
+            work.like = (<int64_t><void *>route) + 2 * head.ingest + head.explain
         return self.wait_for(work)
 
     cdef int answer_events(self, Head head, bytes body) except -1:
@@ -787,6 +790,8 @@ cdef class Connection(WireConnection):
         cdef int admitted = INLINE
         if model is None:
             raise RequestError(503, "not_loaded", f"model {target.name!r} is not loaded")
+        if n == 0:
+            raise RequestError(400, "bad_request", "body: expected an inference request, got nothing")
         if head.inference < -1 or head.inference > <int64_t>n:
             raise RequestError(400, "bad_request", "Inference-Header-Content-Length: expected the bytes of the JSON header, "
                                                    f"at most the body's {n}")
@@ -1041,7 +1046,6 @@ cdef void run_inference(InferCall call) noexcept nogil:
 
 @cython.final
 @cython.no_gc
-@cython.freelist(64)
 cdef class HttpWork(Work):
     """A request that waits for its turn on the loop, or for a thread of the pool."""
 
@@ -1121,24 +1125,66 @@ cdef class HttpWork(Work):
             self.job.call = run_block
             self.job.arg = &self.block.parts
             return NATIVE
-        self.ready()
-        if route.native == SCORE:
-            decision = route.core.score(route.index, route.decode_one(self.body), self.head.ingest, self.head.explain)
-            payload = decision.json(self.head.explain)
-        else:
+        if route.native == EVENTS:
+            self.ready()
             payload = encode({"accepted": 1, "outcomes": {route.core.ingest(route.index, route.decode_one(self.body)): 1}})
-        self.connection.respond(self.head, 200, JSON, payload, NOTHING)
-        self.lane.observe(1, ps_http_now() - began)
+            self.connection.respond(self.head, 200, JSON, payload, NOTHING)
+            self.lane.observe(1, ps_http_now() - began)
+            return DONE
+        event = route.decode_one(self.body)
+        together = self.join(began, [self], [event])
+        if together is None:
+            self.ready()
+            decision = route.core.score(route.index, event, self.head.ingest, self.head.explain)
+            self.connection.respond(self.head, 200, JSON, decision.json(self.head.explain), NOTHING)
+            self.lane.observe(1, ps_http_now() - began)
         return DONE
+
+    cdef object join(self, int64_t now, list works, list events):
+        """Score this event together with those that wait behind it, no more than a slice of them. None: there are none."""
+        cdef Flow flow = self.connection.server.flow
+        cdef Route route = self.head.route
+        cdef Py_ssize_t most = min(<int64_t>BLOCK_ROWS, flow.slice_ns // max(<int64_t>1, self.lane.row_ns))
+        cdef HttpWork work
+        cdef Py_ssize_t i
+        cdef list answers
+        while len(works) < most:
+            work = <HttpWork>flow.next_like(self, now)
+            if work is None:
+                break
+            if work.connection.transport is None:
+                work.done()
+                continue
+            try:
+                events.append(route.decode_one(work.body))
+            except Exception as error:
+                work.fail(error)
+                continue
+            works.append(work)
+        if len(works) == 1:
+            return None
+        answers = route.core.score_together(route.pipe, events, self.head.ingest, self.head.explain)
+        for i in range(len(works)):
+            work = <HttpWork>works[i]
+            if work.connection.transport is not None:
+                work.answer(answers[i])
+            if i:
+                work.done()
+        self.lane.observe(len(works), ps_http_now() - now)
+        return answers
+
+    cdef int answer(self, object answer) except -1:
+        """A Decision or an exception as the answer."""
+        self.ready()
+        if isinstance(answer, Exception):
+            return self.connection.refuse_for(self.head, answer)
+        return self.connection.respond(self.head, 200, JSON, (<Decision>answer).json(self.head.explain), NOTHING)
 
     cdef int finish_score(self) except -1:
         cdef object answer = self.head.route.core.end_apart(self.block)[0]
         if self.connection.transport is None:
             return 0
-        self.ready()
-        if isinstance(answer, Exception):
-            return self.connection.refuse_for(self.head, answer)
-        return self.connection.respond(self.head, 200, JSON, (<Decision>answer).json(self.head.explain), NOTHING)
+        return self.answer(answer)
 
     cdef int begin_many(self) except -1:
         """An array, a part at a time: first every event is checked, then they are done in order."""
@@ -1150,7 +1196,8 @@ cdef class HttpWork(Work):
         if self.stage == 0:
             self.events = route.decode_many(self.body)
             n = len(self.events)
-            self.lane.row_bytes = max(1, PyBytes_GET_SIZE(self.body) // max(1, n))
+            if n:
+                self.lane.row_bytes = max(1, PyBytes_GET_SIZE(self.body) // n)
             self.answers = []
             self.at = 0
             self.stage = 1
