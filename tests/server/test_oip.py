@@ -274,7 +274,7 @@ def test_triton_client_compresses(oip, sent, asked):
             request_compression_algorithm=sent,
             response_compression_algorithm=asked,
         )
-    np.testing.assert_array_equal(answer.as_numpy("score").reshape(-1), np.tile(oip.score(ROWS), 2000))
+    np.testing.assert_array_equal(answer.as_numpy("score").reshape(-1), np.repeat(oip.score(ROWS), 2000))
 
 
 def test_triton_client_reads_statistics(oip):
@@ -481,7 +481,7 @@ def test_compressed_request(oip, pack):
         answer = oip.post("/v2/models/tree/infer", damaged, f"Content-Encoding: {name}")
         assert answer.status == 400, damaged
         assert isinstance(answer.json["error"], str)
-    bomb = oip.post("/v2/models/tree/infer", pack(bytes(500_000_000)), f"Content-Encoding: {name}")
+    bomb = oip.post("/v2/models/tree/infer", pack(bytes(50_000_000)), f"Content-Encoding: {name}")
     assert bomb.status == 413
     assert oip.post("/v2/models/tree/infer", body, "Content-Encoding: br").status == 415
 
@@ -583,7 +583,12 @@ def test_the_servers_own_paths_stay(oip):
     assert oip.get("/health/ready").json == {"ready": True}
     assert set(oip.get("/absent").json["error"]) == {"code", "message", "path"}
     assert "/v2/models" in oip.get("/").body.decode()
-    assert oip.get("/metrics").status == 200
+    for name in ("tree", "lgb"):
+        for path in ("", "/ready", "/versions/1", "/versions/1/ready"):
+            oip.get(f"/v2/models/{name}{path}")
+    rows = [line.split(" ")[0] for line in oip.get("/metrics").body.decode().splitlines() if line[0] != "#"]
+    assert len(rows) == len(set(rows))
+    assert 'penstock_http_requests_total{route="infer/tree",code="200"}' in rows
 
 
 def test_a_load_keeps_nobody_waiting(oip):

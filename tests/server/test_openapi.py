@@ -23,7 +23,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("openapi")
     oip_models.make_models(folder / "models")
     process = oip_models.ServerProcess(
-        *(str(HERE / "fraud_app.py"), "--models", str(folder / "models"), "--models-control", "none"),
+        *(str(HERE / "fraud_app.py"), "--models", str(folder / "models"), "--models-control", "poll"),
         *("--trace-file", str(folder / "trace.json")),
         cwd=folder,
     )

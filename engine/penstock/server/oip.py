@@ -225,6 +225,13 @@ class OipRoutes:
             return self._route(f"v2/{kind}/{verb}", READ if verb == "status" else WRITE, refuse)
         return None
 
+    def _may_change(self) -> None:
+        if self.repository.control == "none":
+            text = (
+                "models are neither loaded nor unloaded here; start the server with --models-control explicit or poll"
+            )
+            raise RequestError(501, "unsupported", text)
+
     async def _load(self, name: str, parameters: dict[str, Any]) -> None:
         config, files = parameters.get("config"), {}
         for key, value in parameters.items():
@@ -237,12 +244,14 @@ class OipRoutes:
             raise RequestError(400, "bad_request", "parameters.config: expected a model configuration as JSON text")
         if files and config is None:
             raise RequestError(400, "bad_request", "parameters: 'file:' needs 'config' beside it")
+        self._may_change()
         await self.repository.load(name, config, files or None)
         self.log.say("info", f"model {name} is loaded")
 
     async def _unload(self, name: str, parameters: dict[str, Any]) -> None:
         if not isinstance(parameters.get("unload_dependents", False), bool):
             raise RequestError(400, "bad_request", "parameters.unload_dependents: expected true or false")
+        self._may_change()
         await self.repository.unload(name)
         self.log.say("info", f"model {name} is unloaded")
 

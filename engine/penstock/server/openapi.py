@@ -115,30 +115,31 @@ def _operation(name: str, about: str, body: Schema, answer: Schema, parameters: 
 
 
 def _score(pipeline: PipelinePlan) -> Schema:
-    given = [
-        {"name": name, "in": "query", "description": about, "schema": schema}
-        for name, about, schema in (
-            (
-                "ingest",
-                "false: evaluate as if the event were applied, and leave nothing behind.",
-                {"type": "boolean", "default": True},
-            ),
-            ("explain", "true: the feature values and their statuses too.", {"type": "boolean", "default": False}),
-            (
-                "timeout",
-                "Microseconds that it may wait for its turn; it can only shorten the pipeline's deadline.",
-                {"type": "integer", "minimum": 1, "maximum": 10**9},
-            ),
-            ("priority", "1 is served first, 7 last.", {"type": "integer", "minimum": 1, "maximum": 7, "default": 4}),
-        )
+    switches = [
+        _query("ingest", "false: evaluate as if the event were applied, and leave nothing behind.", "boolean", True),
+        _query("explain", "true: the feature values and their statuses too.", "boolean", False),
     ]
     return _operation(
         f"score.{pipeline.name}",
         f"Score one {pipeline.event}, or several in order, all or nothing.",
         _one_or_many(f"event.{pipeline.event}"),
         _one_or_many(f"decision.{pipeline.name}"),
-        given,
+        [*switches, *_schedule()],
     )
+
+
+def _query(name: str, about: str, kind: str, default: Any, **limits: int) -> Schema:
+    schema = {"type": kind, "default": default, **limits}
+    return {"name": name, "in": "query", "description": about, "schema": schema}
+
+
+def _schedule() -> list[Schema]:
+    """What says how long a request may wait, and who goes first."""
+    about = "Microseconds that it may wait for its turn; it can only shorten the server's deadline. 0: not given."
+    return [
+        _query("timeout", about, "integer", 0, minimum=0, maximum=10**15 - 1),
+        _query("priority", "1 is served first, 7 last; 0: in the middle.", "integer", 0, minimum=0, maximum=7),
+    ]
 
 
 def _ingest(event: EventPlan) -> Schema:
@@ -159,6 +160,7 @@ def _ingest(event: EventPlan) -> Schema:
         f"Apply one {event.name} to the state, or several in order, all or nothing.",
         _one_or_many(f"event.{event.name}"),
         answer,
+        _schedule(),
     )
 
 

@@ -68,7 +68,9 @@ def oip_paths(oip: OipRoutes) -> dict[str, Schema]:
         {verb: f"model.{label}" for verb, label in trace.items()}, "a model", [name]
     )
     for verb, about in (("load", "Load a model, or load it anew."), ("unload", "Unload a model.")):
-        operation = _write(f"repository.{verb}", about, f"oip.{verb.title()}Request", "oip.Done", False, "404", "503")
+        operation = _write(
+            f"repository.{verb}", about, f"oip.{verb.title()}Request", "oip.Done", False, "404", "501", "503"
+        )
         operation["parameters"] = [_parameter("model_name", "name of the model", [])]
         paths[f"/v2/repository/models/{{model_name}}/{verb}"] = {"post": operation}
     for kind in ("system", "cuda"):
@@ -118,8 +120,12 @@ def oip_schemas() -> dict[str, Schema]:
     ports = {"type": "array", "items": tensor}
     dims = _object({"name": TEXT, "data_type": TEXT, "dims": SHAPE})
     counters = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
-    switches = {name: {"type": "boolean"} for name in ("log_info", "log_warning", "log_error")}
-    log = {"log_format": {"enum": ["default", "ISO8601"]}, "log_verbose_level": {"const": 0}, "log_file": {"const": ""}}
+    switches: dict[str, Schema] = {name: {"type": "boolean"} for name in ("log_info", "log_warning", "log_error")}
+    log: dict[str, Schema] = {
+        "log_format": {"enum": ["default", "ISO8601"]},
+        "log_verbose_level": {"const": 0},
+        "log_file": {"const": ""},
+    }
     return {
         "oip.Error": _object({"error": TEXT}),
         "oip.Health": _object({"live": {"type": "boolean"}, "ready": {"type": "boolean"}}),
