@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PenstockError
 from .config import ServerConfig, load_config
+from .server_log import ServerLog
 
 if TYPE_CHECKING:
     from .._ext.wire import WireServer
@@ -156,6 +157,7 @@ class Serving:
         self.acceptors: list[asyncio.Server] = []
         self.tasks: list[asyncio.Future[None]] = []
         self.grpc: GrpcServer | None = None
+        self.log = ServerLog()
 
     async def serve(self, listeners: list[socket.socket]) -> int:
         """Accept, until a signal; then drain. Returns 0."""
@@ -164,6 +166,7 @@ class Serving:
         from .._ext.loop_lag import LoopLag
         from .oip import OipRoutes
         from .routes import build_server, event_lanes_of, pipeline_lanes
+        from .tracing import Tracing
 
         engine, config, repository = self.engine, self.config, self.repository
         loop = asyncio.get_running_loop()
@@ -186,7 +189,10 @@ class Serving:
         flow.start(loop)
         lag = LoopLag()
         lanes, ingest_lanes = pipeline_lanes(engine, config), event_lanes_of(engine, config)
-        oip = None if repository is None else OipRoutes(repository, instances=config.pool_threads)
+        tracing = Tracing(config.trace_file)
+        oip = None
+        if repository is not None:
+            oip = OipRoutes(repository, tracing=tracing, log=self.log, instances=config.pool_threads)
         table = None if repository is None else repository.table
         resp = None
         if len(listeners) > 1:
@@ -240,6 +246,7 @@ class Serving:
             await asyncio.sleep(0)
             lag.stop()
             flow.stop()
+            tracing.close()
             if repository is not None:
                 await repository.close()
             gc.unfreeze()
@@ -269,7 +276,7 @@ class Serving:
         def warn(texts: Sequence[str]) -> None:
             for text in texts:
                 if text not in said:
-                    print(f"penstock: warning: {text}", file=sys.stderr, flush=True)
+                    self.log.say("warning", text)
                 said.add(text)
 
         while True:
