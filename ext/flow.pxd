@@ -71,6 +71,7 @@ cdef class Work:
         int64_t arrival           # ns, monotonic
         int64_t deadline
         int64_t cost              # estimate that stands in the flow's sum
+        int64_t like              # those with the same number may be done together; 0: none
         int priority
         bint begun
         bint pooled
@@ -115,5 +116,7 @@ cdef class Flow:
                    int64_t *deadline) except -1
     cdef int submit(self, Work work) except -1
     cdef int fill_pool(self) except -1
+    cdef bint taken(self, Work work, int64_t now) except -1
     cdef int take(self, Work work, int64_t now) except -1
+    cdef Work next_like(self, Work first, int64_t now)
     cdef int to_pool(self, Work work) except -1

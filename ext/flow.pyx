@@ -254,23 +254,27 @@ cdef class Flow:
                 self.call_soon(self.run_slice)
         return 0
 
+    cdef bint taken(self, Work work, int64_t now) except -1:
+        """A request's wait is over: count it. False where its time has run out; then it has been refused."""
+        cdef int i = 0
+        cdef int64_t waited = now - work.arrival
+        work.begun = True
+        work.lane.waiting -= work.rows
+        while waited > BOUNDS[i]:
+            i += 1
+        work.lane.waits[i] += 1
+        work.lane.waited_ns += waited
+        if now + min(work.lane.row_ns * work.rows, POOL_NS) > work.deadline:
+            work.lane.dropped_late += 1
+            work.refuse(LATE)
+            return False
+        return True
+
     cdef int take(self, Work work, int64_t now) except -1:
         """Begin a request, or drop it where its time has run out. Returns its progress."""
-        cdef int i = 0
-        cdef int64_t waited
         cdef int got
-        if not work.begun:
-            work.begun = True
-            work.lane.waiting -= work.rows
-            waited = now - work.arrival
-            while waited > BOUNDS[i]:
-                i += 1
-            work.lane.waits[i] += 1
-            work.lane.waited_ns += waited
-            if now + min(work.lane.row_ns * work.rows, POOL_NS) > work.deadline:
-                work.lane.dropped_late += 1
-                work.refuse(LATE)
-                return DONE
+        if not work.begun and not self.taken(work, now):
+            return DONE
         got = work.begin()
         if got == NATIVE:
             if self.pool == NULL:
@@ -279,6 +283,18 @@ cdef class Flow:
                 return DONE
             self.to_pool(work)
         return got
+
+    cdef Work next_like(self, Work first, int64_t now):
+        """What stands next in the loop's queue, where it may be done together with `first`; else None."""
+        cdef Work work
+        while first.like and self.short.heads[first.priority] is not None:
+            work = <Work>self.short.heads[first.priority]
+            if work.lane is not first.lane or work.like != first.like or work.begun:
+                return None
+            work = self.short.pop()
+            if self.taken(work, now):
+                return work
+        return None
 
     def run_slice(self):
         """Work the loop's queue off for one slice, then let the loop read."""
@@ -325,7 +341,7 @@ cdef class Flow:
                 return 0
             got = self.take(work, ps_http_now())
             while got == MORE:
-                got = work.begin()
+                got = self.take(work, ps_http_now())   # which hands it to the pool
         return 0
 
     def collect(self):

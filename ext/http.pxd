@@ -157,6 +157,8 @@ cdef class HttpWork(Work):
     cdef int done(self) except -1
     cdef int fail(self, object error) except -1
     cdef int begin_score(self) except -1
+    cdef object join(self, int64_t now, list works, list events)
+    cdef int answer(self, object answer) except -1
     cdef int finish_score(self) except -1
     cdef int begin_many(self) except -1
     cdef int begin_infer(self) except -1
