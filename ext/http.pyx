@@ -1163,11 +1163,15 @@ cdef class HttpWork(Work):
             works.append(work)
         if len(works) == 1:
             return None
-        answers = route.core.score_together(route.pipe, events, self.head.ingest, self.head.explain)
+        try:
+            answers = route.core.score_together(route.pipe, events, self.head.ingest, self.head.explain)
+        except Exception as error:
+            answers = [error] * len(works)
         for i in range(len(works)):
             work = <HttpWork>works[i]
             if work.connection.transport is not None:
                 work.answer(answers[i])
+                self.connection.server.queue(work.connection)    # before another's answer is formed
             if i:
                 work.done()
         self.lane.observe(len(works), ps_http_now() - now)
