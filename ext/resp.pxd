@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint64_t
 from penstock._ext.core cimport Block, Core
 from penstock._ext.flow cimport Lane, Work
 from penstock._ext.infer cimport InferCall, Target
-from penstock._ext.steps cimport Pipe
+from penstock._ext.steps cimport Pipe, Source
 from penstock._ext.wire cimport WireConnection, WireServer
 
 
@@ -89,6 +89,7 @@ cdef class RespServer(WireServer):
     cdef int score_several(self, Subject subject, const Options *options, const char *base, const Slice *payloads,
                            Py_ssize_t n) except -1
     cdef int ingest(self, Subject subject, const char *base, const Slice *payloads, Py_ssize_t n) except -1
+    cdef int outcome(self, str outcome) except -1
     cdef list decode_several(self, Subject subject, const char *base, const Slice *payloads, Py_ssize_t n)
     cdef int tensors(self, InferCall call) except -1
     cdef Target model(self, const char *p, size_t n)
@@ -110,12 +111,14 @@ cdef class RespConnection(WireConnection):
         int64_t         have
         size_t          at              # where its next argument begins
         const char     *base            # of the command being worked on
+        bint            consuming       # its reads are being worked on now
         public int      protocol
         public bint     authenticated
         readonly int64_t id
         public bytes    name
         public dict     facts           # what CLIENT SETINFO said
 
+    cdef int do_all(self, bytes data) except -1
     cdef int parse(self, const char *p, size_t n, size_t *used) except -2
     cdef int parse_bulks(self, const char *p, size_t n, size_t *used, Slice *slices) except -2
     cdef int parse_inline(self, const char *p, size_t n, size_t *used) except -2
@@ -146,12 +149,21 @@ cdef class RespWork(Work):
         bytes          payload         # what the slices lie in
         Slice         *slices
         Py_ssize_t     n
+        int            stage
+        Py_ssize_t     at              # events done in this stage
+        list           events          # what could be decoded
+        dict           failed          # place -> why it could not be
+        list           answers
         Block          block
-        list           found           # decoding errors in place of events
         InferCall      call
 
     cdef int copy(self, const char *base, const Slice *slices, Py_ssize_t n) except -1
     cdef int gather(self, const char **p, const size_t *sizes, int n) except -1
+    cdef int begin_infer(self) except -1
+    cdef int go_on(self) except -1
+    cdef Source source(self)
     cdef int apart(self) except -1
     cdef int answer(self) except -1
+    cdef int fail(self, object error) except -1
+    cdef int fail_at(self, object error, Py_ssize_t place) except -1
     cdef int done(self) except -1

@@ -25,7 +25,8 @@ from penstock.errors import EventError, InProgress, LogError, ScoringError
 
 from penstock._ext.core cimport run_block
 from penstock._ext.decision cimport Decision, PS_SHORTEST_ROOM, number_text
-from penstock._ext.flow cimport DONE, FULL, Flow, INLINE, LATE, NATIVE, N_PRIORITIES, QUEUE
+from penstock._ext.flow cimport DONE, FULL, Flow, INLINE, LATE, MORE, NATIVE, N_PRIORITIES, QUEUE
+from penstock._ext.steps cimport Source
 from penstock._ext.wire cimport OUT_SOFT
 
 from penstock._ext.infer import InferError
@@ -41,6 +42,11 @@ cdef enum Kind:
     INFER = 4
     SEVERAL = 5                # of RespWork: SCORE with several payloads
 
+cdef enum Stage:
+    DECODING = 0
+    CHECKING = 1
+    WORKING = 2
+
 cdef enum Parsed:
     WRONG = -1                 # refused; the connection closes
     PARTIAL = 0
@@ -48,7 +54,7 @@ cdef enum Parsed:
     NOTHING = 2                # an empty array or line
 
 cdef enum:
-    APART = 32                 # events whose models run on the pool at once (core.pyx: BLOCK_ROWS)
+    APART = 32                 # events between two looks at the clock, and on the pool at once (core.pxd: BLOCK_ROWS)
     MAX_DIGITS = 20
     MAX_LINE = 65536           # an inline command
     MAX_NAME = 32              # longest name of a command that is looked at
@@ -491,10 +497,13 @@ cdef class RespServer(WireServer):
         if n > 1:
             self.head(b"*", n)
         for outcome in outcomes:
-            self.put(b"+", 1)
-            self.put_bytes((<str>outcome).encode())
-            self.put(b"\r\n", 2)
+            self.outcome(outcome)
         return 0
+
+    cdef int outcome(self, str outcome) except -1:
+        self.put(b"+", 1)
+        self.put_bytes(outcome.encode())
+        return self.put(b"\r\n", 2)
 
     cdef int tensors(self, InferCall call) except -1:
         """The outputs of a call that has run, raw."""
@@ -576,6 +585,14 @@ cdef class RespConnection(WireConnection):
     # Reading commands.
 
     cdef int consume(self, bytes data) except -1:
+        # A command that is submitted may be answered before submit() returns: what follows it is then done here, not
+        # by its done().
+        self.consuming = True
+        self.do_all(data)
+        self.consuming = False
+        return 0
+
+    cdef int do_all(self, bytes data) except -1:
         """Do every command that is complete; keep what is not."""
         cdef RespServer server = self.server
         cdef const char *p = PyBytes_AS_STRING(data)
@@ -1335,112 +1352,175 @@ cdef class RespWork(Work):
         return self.copy(p[0], slices, n)
 
     cdef int begin(self) except -1:
-        """Answer, or hand the models to the pool. Who is gone asked for nothing any more: it was not acknowledged."""
+        """Go on for no more than a slice, or hand the models to the pool. Who is gone before anything was done asked for
+        nothing: it was not acknowledged."""
         cdef RespConnection connection = self.connection
-        cdef int64_t began
-        if connection.transport is None or connection.closed:
-            connection.busy = False
-            return DONE
-        began = ps_http_now()
+        cdef int got
+        if connection.transport is None and self.stage == DECODING and self.at == 0:
+            return self.done()
         try:
-            if self.pooled:
-                if self.kind == INFER:
-                    self.job.call = run_infer
-                    self.job.arg = <void *>self.call
-                    return NATIVE
-                if self.kind != INGEST and self.n <= APART and self.apart():
-                    return NATIVE if self.block is not None else self.done()
-            self.answer()
+            if self.kind == INFER:
+                got = self.begin_infer()
+            else:
+                got = self.go_on()
+        except Exception as error:
+            return self.fail(error)
         except BaseException:
             connection.busy = False
             connection.fault()
             raise
+        return self.done() if got == DONE else got
+
+    cdef int begin_infer(self) except -1:
+        cdef int64_t began
+        if self.pooled:
+            self.job.call = run_infer
+            self.job.arg = <void *>self.call
+            return NATIVE
+        began = ps_http_now()
+        self.call.run()
+        self.connection.server.tensors(self.call)
         self.lane.observe(self.rows, ps_http_now() - began)
-        return self.done()
+        return DONE
+
+    cdef int go_on(self) except -1:
+        """Decode; check all of it where it is all or nothing; then score or ingest, a part at a time."""
+        cdef RespServer server = self.connection.server
+        cdef Core core = self.subject.core
+        cdef const char *base = PyBytes_AS_STRING(self.payload)
+        cdef int64_t began = ps_http_now()
+        cdef int64_t until = began + server.flow.slice_ns
+        cdef Py_ssize_t first, most
+        cdef object event
+        if self.stage == DECODING:
+            if self.events is None:
+                self.events = []
+                self.answers = []
+            while self.at < self.n:
+                event = None
+                try:
+                    event = server.decoded_event(self.subject, base + self.slices[self.at].at, self.slices[self.at].n)
+                except Exception as error:
+                    if self.kind != SCORE:
+                        self.fail_at(error, self.at if self.n > 1 else -1)
+                        return DONE
+                    if self.failed is None:
+                        self.failed = {}
+                    self.failed[self.at] = error
+                else:
+                    self.events.append(event)
+                self.at += 1
+                if self.at % APART == 0 and ps_http_now() >= until:
+                    return MORE
+            self.at = 0
+            self.stage = CHECKING if self.kind != SCORE else WORKING
+        while self.stage == CHECKING:
+            first = self.at
+            self.at = min(len(self.events), first + APART)
+            core.check(self.source(), self.events, first, self.at)
+            if self.at == len(self.events):
+                self.at = 0
+                self.stage = WORKING
+            elif ps_http_now() >= until:
+                return MORE
+        if self.pooled and self.kind != INGEST:
+            return self.apart()
+        while self.at < len(self.events):
+            first = self.at
+            most = APART if self.kind == INGEST else max(<int64_t>1, min(<int64_t>APART, server.flow.slice_ns // self.lane.row_ns))
+            self.at = min(len(self.events), first + most)
+            if self.kind == INGEST:
+                self.answers.extend(self.subject.ingest_many(self.subject.index, self.events[first:self.at]))
+            else:
+                self.answers.extend(core.score_together(
+                    self.subject.pipe, self.events[first:self.at], self.options.ingest, self.options.explain))
+            self.lane.observe(self.at - first, ps_http_now() - began)
+            began = ps_http_now()
+            if began >= until and self.at < len(self.events):
+                return MORE
+        return self.answer()
+
+    cdef Source source(self):
+        return self.subject.pipe.source if self.subject.pipe is not None else <Source>self.subject.core.sources[self.subject.index]
 
     cdef int apart(self) except -1:
-        """Begin events whose models run on the pool. Returns 1 where that, or a refusal, was done."""
-        cdef RespServer server = self.connection.server
-        cdef const char *base = PyBytes_AS_STRING(self.payload)
-        cdef list events = []
-        cdef Py_ssize_t i
-        cdef Block block
-        if self.kind == SEVERAL:
-            events = server.decode_several(self.subject, base, self.slices, self.n)
-            if events is None:
-                return 1
-        else:
-            self.found = []
-            for i in range(self.n):
-                try:
-                    event = server.decoded_event(self.subject, base + self.slices[i].at, self.slices[i].n)
-                except Exception as error:
-                    self.found.append(error)
-                else:
-                    self.found.append(None)
-                    events.append(event)
-            if not events:
-                return 0
-        try:
-            if self.kind == SEVERAL:
-                self.subject.core.check(self.subject.pipe.source, events, 0, len(events))
-            block = self.subject.core.begin_apart(self.subject.pipe, events, self.options.ingest, self.options.explain)
-        except Exception as error:
-            for i in range(1 if self.kind == SEVERAL else self.n):
-                server.fail(error, -1)
-            return 1
-        self.block = block
-        self.job.call = run_block
-        self.job.arg = &block.parts
-        return 1
-
-    cdef int answer(self) except -1:
-        cdef RespServer server = self.connection.server
-        cdef const char *base = PyBytes_AS_STRING(self.payload)
-        cdef const char *p[BATCH]
-        cdef size_t sizes[BATCH]
-        cdef Py_ssize_t i
-        if self.kind == INFER:
-            self.call.run()
-            return server.tensors(self.call)
-        if self.kind == INGEST:
-            return server.ingest(self.subject, base, self.slices, self.n)
-        if self.kind == SEVERAL:
-            return server.score_several(self.subject, &self.options, base, self.slices, self.n)
-        for i in range(self.n):
-            p[i] = base + self.slices[i].at
-            sizes[i] = self.slices[i].n
-        return server.score_batch(self.subject, &self.options, p, sizes, <int>self.n)
+        """Begin the next events whose models run on the pool. DONE where none is left."""
+        cdef Py_ssize_t first
+        while self.at < len(self.events):
+            first = self.at
+            self.at = min(len(self.events), first + APART)
+            self.block = self.subject.core.begin_apart(
+                self.subject.pipe, self.events[first:self.at], self.options.ingest, self.options.explain)
+            if self.block.n:
+                self.rows = self.block.n
+                self.job.call = run_block
+                self.job.arg = &self.block.parts
+                return NATIVE
+            self.answers.extend(self.subject.core.end_apart(self.block))
+        return self.answer()
 
     cdef int finish(self) except -1:
-        """After the pool."""
+        """The pool has run it."""
         cdef RespConnection connection = self.connection
-        cdef RespServer server = connection.server
-        cdef const char *base = PyBytes_AS_STRING(self.payload)
-        cdef list answers
-        cdef Py_ssize_t i, at = 0
+        cdef Flow flow = connection.server.flow
         try:
             if self.kind == INFER:
                 if connection.transport is not None:
-                    server.tensors(self.call)
+                    connection.server.tensors(self.call)
                 else:
                     self.call.finish()
                 return self.done()
-            answers = self.subject.core.end_apart(self.block)
-            if connection.transport is not None:
-                if self.kind == SEVERAL:
-                    server.head(b"*", self.n)
-                for i in range(self.n):
-                    if self.found is not None and self.found[i] is not None:
-                        server.fail(self.found[i], -1)
-                    else:
-                        server.decision(answers[at], is_pack(base + self.slices[i].at, self.slices[i].n), self.options.explain)
-                        at += 1
+            self.answers.extend(self.subject.core.end_apart(self.block))
+            self.block = None
+            if self.apart() == NATIVE:
+                if flow.pool != NULL:
+                    return flow.to_pool(self)
+                self.job.call(self.job.arg)
+                return self.finish()
+        except Exception as error:
+            return self.fail(error)
         except BaseException:
             connection.busy = False
             connection.fault()
             raise
         return self.done()
+
+    cdef int answer(self) except -1:
+        """All replies, in the order of the payloads."""
+        cdef RespServer server = self.connection.server
+        cdef const char *base = PyBytes_AS_STRING(self.payload)
+        cdef Py_ssize_t i, at = 0
+        if self.connection.transport is None:
+            return DONE
+        if self.kind == SCORE:
+            server.batches += 1
+            server.batched += self.n
+        elif self.n > 1:
+            server.head(b"*", self.n)
+        for i in range(self.n):
+            if self.failed is not None and i in self.failed:
+                server.fail(self.failed[i], -1)
+                continue
+            if self.kind == INGEST:
+                server.outcome(self.answers[at])
+            else:
+                server.decision(self.answers[at], is_pack(base + self.slices[i].at, self.slices[i].n), self.options.explain)
+            at += 1
+        return DONE
+
+    cdef int fail(self, object error) except -1:
+        """The whole command failed; of several single events each."""
+        cdef Py_ssize_t i
+        for i in range(self.n if self.kind == SCORE else 1):
+            self.fail_at(error, -1)
+        return self.done()
+
+    cdef int fail_at(self, object error, Py_ssize_t place) except -1:
+        if isinstance(error, EventError) and self.n == 1 and error.path.startswith("[0]"):
+            error = EventError(error.path[3:], error.message)
+        if self.connection.transport is not None:
+            self.connection.server.fail(error, place)
+        return 0
 
     cdef int refuse(self, int why) except -1:
         cdef RespConnection connection = self.connection
@@ -1456,10 +1536,12 @@ cdef class RespWork(Work):
     cdef int done(self) except -1:
         """Answered: the connection goes on."""
         cdef RespConnection connection = self.connection
+        self.block = None
+        self.call = None
         connection.busy = False
         if connection.transport is not None:
             connection.server.queue(connection)
-            if not connection.paused:
+            if not connection.paused and not connection.consuming:
                 connection.started = ps_http_now()
                 connection.read_on()
         return DONE

@@ -160,15 +160,22 @@ def as_pack(**changes: Any) -> bytes:
 
 
 class Served:
-    """A RESP server of the fraud app in a thread. queued: every command waits in the flow's queue first."""
+    """A RESP server of the fraud app in a thread.
 
-    def __init__(self, queued: bool = False, app: Any = APP, lanes: Any = None, **limits: Any) -> None:
+    way: "inline", "queued" (every command waits in the loop's queue first) or "pooled" (models run on the pool).
+    """
+
+    def __init__(self, way: str = "inline", app: Any = APP, lanes: Any = None, **limits: Any) -> None:
         self.engine = Engine(app)
         self.config = ServerConfig(**{"max_body": MAX_BODY, **limits})
-        if queued:
-            lanes = {name: Lane(name, row_ns=SLOW_NS) for name in self.engine.plan.pipelines}
+        self.slow: list[Lane] = []
+        self.event_lanes = None
+        if way != "inline":
+            pool = way == "pooled"
+            lanes = {name: Lane(name, row_ns=SLOW_NS, may_pool=pool) for name in self.engine.plan.pipelines}
+            self.event_lanes = {name: Lane(name, row_ns=SLOW_NS) for name in self.engine.plan.events}
+            self.slow = [*lanes.values(), *self.event_lanes.values()]
         self.lanes = lanes
-        self.event_lanes = {name: Lane(name, row_ns=SLOW_NS) for name in self.engine.plan.events} if queued else None
         self.started = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
@@ -199,8 +206,10 @@ class Served:
 
     async def _sweep(self) -> None:
         while True:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.02)
             self.server.sweep()
+            for lane in self.slow:
+                lane.seed(SLOW_NS)
 
     def __enter__(self) -> Served:
         self.thread.start()
@@ -223,9 +232,9 @@ class Served:
             return client.rest()
 
 
-@pytest.fixture(scope="module", params=["inline", "queued"])
+@pytest.fixture(scope="module", params=["inline", "queued", "pooled"])
 def served(request: Any) -> Iterator[Served]:
-    with Served(queued=request.param == "queued", body_timeout=0.5) as running:
+    with Served(request.param, body_timeout=0.5) as running:
         yield running
 
 
@@ -330,11 +339,12 @@ def test_bad_payloads(client, served, payload, start):
 
 def test_errors_are_their_commands_alone_and_in_order(client):
     commands = []
+    wrong = as_json(amount="x")
     for i in range(200):
         commands.append(
             [
                 ("PENSTOCK.SCORE", "fraud", as_json(customer=f"o{i}")),
-                ("PENSTOCK.SCORE", "fraud", as_json(amount="x")),
+                ("PENSTOCK.SCORE", "fraud", wrong),
                 ("PENSTOCK.SCORE", "nothing", as_json()),
                 ("ECHO", f"echo {i}"),
                 ("PENSTOCK.INGEST", "Transaction", as_pack()),
@@ -357,7 +367,7 @@ def test_errors_are_their_commands_alone_and_in_order(client):
             assert str(answer) == "ERR wrong number of arguments for 'penstock.score' command"
         elif c[1] == "nothing":
             assert str(answer) == "ERR unknown_pipeline no pipeline 'nothing'; have fraud"
-        elif c[2] == as_json(amount="x"):
+        elif c[2] is wrong:
             assert "invalid_event" in str(answer)
         elif c[2] == "NOINGEST":
             assert told(answer)["outcome"] == "off"
@@ -398,10 +408,20 @@ def test_features(client):
     flat = client.ask("PENSTOCK.FEATURES", "spend", key, "nobody")
     assert len(flat) == 2
     found = dict(zip(flat[0][::2], flat[0][1::2]))
-    assert found == {b"spend.count_1d": 2, b"spend.count_7d": 2, b"spend.mean_amount_1d": b"15.0", b"spend.mean_amount_7d": b"15.0"}
+    assert found == {
+        b"spend.count_1d": 2,
+        b"spend.count_7d": 2,
+        b"spend.mean_amount_1d": b"15.0",
+        b"spend.mean_amount_7d": b"15.0",
+    }
     client.ask("HELLO", 3)
     found, nobody = client.ask("PENSTOCK.FEATURES", "spend", "KEYS", key, "nobody")
-    assert found == {b"spend.count_1d": 2, b"spend.count_7d": 2, b"spend.mean_amount_1d": 15.0, b"spend.mean_amount_7d": 15.0}
+    assert found == {
+        b"spend.count_1d": 2,
+        b"spend.count_7d": 2,
+        b"spend.mean_amount_1d": 15.0,
+        b"spend.mean_amount_7d": 15.0,
+    }
     assert nobody[b"spend.mean_amount_1d"] is None
     ((values, statuses),) = client.ask("PENSTOCK.FEATURES", "spend", "WITHSTATUS", key)
     assert values == found
