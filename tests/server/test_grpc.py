@@ -229,6 +229,7 @@ class Running:
     def __init__(self, repository: Any = None, **settings: Any) -> None:
         self.repository = FakeRepository() if repository is None else repository
         self.state = {"ready": True}
+        self.grace = 0.5
         self.settings = {"host": "127.0.0.1", "port": 0, "max_message": 1 << 20, "threads": 2, **settings}
         self.started = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -249,7 +250,7 @@ class Running:
         self.address = f"127.0.0.1:{self.server.port}"
         self.started.set()
         await self.stop.wait()
-        await self.server.stop(0.5)
+        await self.server.stop(self.grace)
 
     def __enter__(self) -> Running:
         self.thread.start()
@@ -872,6 +873,27 @@ def test_stop_answers_what_is_under_way() -> None:
         assert asked.result().model_name == "slow"
         server.thread.join(5)
         assert server.refused(StatusCode.UNAVAILABLE, lambda: server.call("ServerLive"))
+
+
+def test_stop_does_not_wait_for_an_idle_stream() -> None:
+    with Running() as server:
+        server.repository.add(FakeModel("fp32"))
+        held = threading.Event()
+
+        def requests() -> Iterator[bytes]:
+            yield raw_request().SerializeToString()
+            held.wait(10)
+
+        stream = server.channel.stream_stream(f"/{INFERENCE}/ModelStreamInfer")(requests())
+        assert next(stream)
+        began = time.monotonic()
+        server.grace = 8.0
+        server.loop.call_soon_threadsafe(server.stop.set)
+        server.thread.join(10)
+        assert 0.4 < time.monotonic() - began < 4
+        held.set()
+        with pytest.raises(grpc.RpcError):
+            next(stream)
 
 
 # Real models.

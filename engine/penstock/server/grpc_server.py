@@ -41,6 +41,7 @@ __all__ = ["GrpcServer", "start_grpc"]
 
 POOL_NS = 1_000_000  # a request that costs more goes to a thread
 ELEMENT_NS = 60  # what a value of typed contents costs to read
+LINGER = 0.5  # a stream may have a request on its way: seconds to wait for it when stopping
 MAX_CALLS = 4096  # calls under way; more are refused
 DEFAULT_PRIORITY = 4  # of 1 (first) to 7, as over HTTP
 FAR = 1 << 62
@@ -102,9 +103,20 @@ class GrpcServer:
         return self._service.open
 
     async def stop(self, grace: float) -> None:
-        """Accept no more calls, give those under way `grace` seconds, cancel the rest, and wait for the threads."""
-        await self._server.stop(grace)
-        await asyncio.to_thread(self._service.pool.close)
+        """Accept no more calls, give those under way `grace` seconds, and cancel the rest.
+
+        A stream between two requests counts as under way for LINGER seconds only. A thread that is at work ends by
+        itself; nobody waits for its answer.
+        """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        ended = asyncio.ensure_future(self._server.stop(grace))
+        while not ended.done():
+            await asyncio.wait((ended,), timeout=0.02)
+            if loop.time() - began > LINGER and self._service.idle == self._service.open:
+                await self._server.stop(0)
+        await ended
+        self._service.pool.close()
 
 
 async def start_grpc(
@@ -196,7 +208,11 @@ class _Stream(_Unary):
         strict = ("triton_grpc_error", "true") in (context.invocation_metadata() or ())
         status = service.status(service.too_many()) if self.refused else None
         while status is None:
-            data = await context.read()
+            service.idle += 1
+            try:
+                data = await context.read()
+            finally:
+                service.idle -= 1
             if data is grpc.aio.EOF:
                 return
             answer = oip.ModelStreamInferResponse()
@@ -255,6 +271,7 @@ class _Service(grpc.GenericRpcHandler):  # type: ignore[misc]
         self.pool = _Pool(threads)
         self.max_calls = max_calls
         self.open = 0
+        self.idle = 0  # of them, streams that wait for a request
         self.counts: Counter[tuple[str, str]] = Counter()
         self.methods: dict[str, _Method] = {}
         for path, messages in ((INFERENCE, oip), (HEALTH, health)):
@@ -539,7 +556,7 @@ class _Pool:
                 return
 
     def close(self) -> None:
-        self._executor.shutdown(wait=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 def _late(name: str, waited: int, needed: int = 0) -> Refusal:
