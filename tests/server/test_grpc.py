@@ -1019,6 +1019,20 @@ def test_load_and_unload(real: Running, folder: Any) -> None:
         client.unload_model("given")
 
 
+def test_the_command(folder: Any, tmp_path: Any) -> None:
+    command = [sys.executable, "-m", "penstock", "serve", "--models", str(folder), "--port", "0", "--grpc-port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        try:
+            assert process.stdout is not None
+            address = next(line.split()[-1] for line in process.stdout if line.startswith("penstock: gRPC on "))
+            with triton.InferenceServerClient(address) as client:
+                assert client.is_server_ready()
+                assert client.is_model_ready("trees", "2")
+        finally:
+            process.terminate()
+        assert process.wait(20) == 0
+
+
 # Memory.
 
 

@@ -32,7 +32,8 @@ COUNTER = {
     "properties": {"count": {"type": "integer"}, "ns": {"type": "integer"}},
 }
 TEXT: Schema = {"type": "string"}
-PARAMETERS: Schema = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
+# Parameters that are not known are passed over, whatever they hold.
+PARAMETERS: Schema = {"type": "object"}
 SHAPE: Schema = {"type": "array", "items": {"type": "integer"}}
 
 
