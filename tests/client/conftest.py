@@ -167,18 +167,6 @@ def shop() -> Iterator[Any]:
         yield running
 
 
-@pytest.fixture(scope="session", autouse=True)
-def deadlines_known(shop: Any) -> Iterator[None]:
-    from penstock.client.calls import Deadline
-
-    answer = shop.post("/v1/score/pay?timeout=1000000", {})
-    if answer.status == 400:
-        with mock.patch.object(Deadline, "server_us", lambda self: self.left() and None):
-            yield
-    else:
-        yield
-
-
 class RespServed(served_app.Served):
     """The shop app over RESP too."""
 

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -33,6 +34,7 @@ from penstock.client import (
     Overloaded,
     ServerError,
 )
+from penstock.client.calls import Deadline
 
 NOW = datetime.now(UTC).replace(microsecond=123000)
 DECISION = (
@@ -534,7 +536,7 @@ def test_a_peer_that_does_not_read(peers: Any) -> None:
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded):
             client.score("pay", big)
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 3  # writing 18 MB of JSON is not in it
 
     async def again() -> None:
         async with AsyncClient(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.3) as client:
@@ -545,16 +547,7 @@ def test_a_peer_that_does_not_read(peers: Any) -> None:
     listener.close()
 
 
-def test_what_is_left_is_sent_along(peers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from penstock.client import calls
-
-    monkeypatch.undo()
-
-    def server_us(self: Any) -> int:
-        us = int(self.left() * 1e6)
-        return us // 10 ** (len(str(us)) - 2) * 10 ** (len(str(us)) - 2)
-
-    monkeypatch.setattr(calls.Deadline, "server_us", server_us)
+def test_what_is_left_is_sent_along(peers: Any) -> None:
     refusal = peers.http_answer(b"", 503)
 
     def answer(number: int, request: bytes) -> bytes:
@@ -563,23 +556,25 @@ def test_what_is_left_is_sent_along(peers: Any, monkeypatch: pytest.MonkeyPatch)
     with peers.Peer(answer) as peer, Client(peer.url, timeout=2) as client:
         client.score("pay", payment(), priority=3, ingest=False, explain=True)
         first, second = peer.requests
-        assert first.startswith(b"POST /v1/score/pay?timeout=1900000&priority=3&ingest=false&explain=true HTTP/1.1\r\n")
-        assert second.startswith((b"POST /v1/score/pay?timeout=1900000&", b"POST /v1/score/pay?timeout=1800000&"))
+        line = re.compile(rb"POST /v1/score/pay\?timeout=(\d+)&priority=3&ingest=false&explain=true HTTP/1.1\r\n")
+        left = [int(match[1]) for match in (line.match(first), line.match(second)) if match is not None]
+        assert len(left) == 2
+        assert left[1] <= left[0] < 2_000_000
 
 
 def test_server_deadlines_repeat() -> None:
     """Rounded down to two digits: never more than what is left, and at least nine tenths of it."""
-    from penstock.client.calls import Deadline
-
-    original = inspect.unwrap(Deadline.server_us)
-    for timeout in (0.0002, 0.0101, 0.25, 1.0, 5.0, 99.0, 1e6):
+    for timeout in (0.0202, 0.25, 1.0, 5.0, 99.0, 1e6):
         deadline = Deadline(timeout)
-        deadline.at = time.monotonic() + timeout
+        before = deadline.left()
         us = deadline.server_us()
-        if us is None:
-            pytest.skip("this server takes no deadlines yet")
-        assert 0 < us <= timeout * 1e6
-    assert original is not None
+        after = deadline.left()
+        assert before is not None
+        assert after is not None
+        assert us is not None
+        assert after * 0.9e6 - 2 <= us <= before * 1e6
+        assert us == us // 10 ** (len(str(us)) - 2) * 10 ** (len(str(us)) - 2)
+    assert Deadline(None).server_us() is None
 
 
 # pools
@@ -764,8 +759,6 @@ def test_headers_and_prefix(peers: Any) -> None:
 
 
 def test_both_clients_say_the_same() -> None:
-    import re
-
     from penstock.client import AsyncBatch, Batch
 
     for sync, other in ((Client, AsyncClient), (Batch, AsyncBatch)):
