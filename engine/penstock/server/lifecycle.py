@@ -217,12 +217,12 @@ class Serving:
             engine.core.leave_waiting_to_caller()
             for server in self.servers:
                 server.event_log = log
+        if config.grpc_port is not None:
+            self.grpc = await self._start_grpc(oip)
         gc.collect()
         gc.freeze()
         for server, listener in zip(self.servers, listeners):
             self.acceptors.append(await loop.create_server(server, sock=listener, backlog=BACKLOG))
-        if config.grpc_port is not None:
-            self.grpc = await self._start_grpc(oip)
         self.state["ready"] = True
         lag.start(loop, http.after_tick)
         self._announce(listeners)
