@@ -109,6 +109,11 @@ cdef class ServedModel:
         ps_ports         ports
         list             texts        # of the names that `ports` points at
         int32_t         *place_of     # of each output, its place among all that the graph has
+        int              label_port   # output of a tree classifier that gives the class, or -1
+        bint             fixed_shapes # the request's shapes fix the answer's, bytes included
+        list             class_texts  # raw form of each class
+        const char     **classes      # where they begin
+        size_t           class_bytes  # of the longest
         bytes            label        # "model_name":...,"model_version":...,"outputs":
         list             remembered   # of Request or None, by hash
 
@@ -118,6 +123,7 @@ cdef class ServedModel:
         BatchCount       batches[BATCH_SIZES]
         int              n_batches
 
+    cdef int set_classes(self, list labels) except -1
     cdef int set_port(self, ps_port *c, Port port, bint any_shape) except -1
     cdef int warm(self) except -1
     cdef int refused(self, int64_t ns) except -1      # one that was turned away counts as failed
@@ -172,6 +178,9 @@ cdef class InferCall:
     cdef int look(self) except -1
     cdef void run(self) noexcept nogil
     cdef int run_trees(self) noexcept nogil
+    cdef bint wants_label(self) noexcept nogil
+    cdef void put_scores(self, ps_tensor *out, uint8_t dtype, double *scores) noexcept nogil
+    cdef void put_labels(self, ps_tensor *out, const int32_t *labels, char *texts) noexcept nogil
     cdef int run_session(self) noexcept nogil
     cdef int fail(self, int status, const char *text) noexcept nogil
     cdef int finish(self) except -1

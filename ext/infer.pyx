@@ -19,6 +19,8 @@ import json
 import os
 import time
 
+from penstock._ext.trees cimport tree_labels, tree_labels_literal
+
 from penstock.errors import PenstockError
 
 
@@ -43,6 +45,7 @@ cdef extern from "tensor.h" nogil:
         PS_TENSOR_RANK
         PS_DT_FP32
         PS_DT_FP64
+        PS_DT_INT64
         PS_DT_BYTES
     ctypedef struct dtype_info:
         const char *name
@@ -211,9 +214,7 @@ def _tree_ports(runtime, path):
     from penstock.models.trees import tree_ports
 
     found = getattr(runtime, "ports", None)
-    if found is None:
-        found = tree_ports(path, runtime.n_inputs, runtime.n_outputs)
-    return [Port(name, datatype, (-1, width)) for name, datatype, width in found]
+    return tree_ports(path, runtime.n_inputs, runtime.n_outputs) if found is None else found
 
 
 def _graph_ports(ports, label, what):
@@ -250,11 +251,17 @@ cdef class ServedModel:
         path = None if path is None else os.fspath(path)
         label = f"model {name}"
         places = None
+        self.label_port = -1
         if runtime is not None and runtime.kind == "trees":
             self.platform = "penstock_trees"
             self.trees = <const ps_model *><uintptr_t>runtime.abi
-            one, score = _tree_ports(runtime, path)
-            inputs, outputs = [one], [score]
+            found = _tree_ports(runtime, path)
+            inputs = [Port(found.input[0], found.input[1], (-1, found.input[2]))]
+            outputs = [Port(found.output[0], found.output[1], (-1, found.output[2]))]
+            if found.label is not None:
+                self.set_classes(list(found.labels))
+                outputs.insert(0, Port(found.label, "BYTES" if isinstance(found.labels[0], str) else "INT64", (-1,)))
+            self.fixed_shapes = outputs[0].datatype != "BYTES"
             self.nbytes = getattr(runtime.model, "nbytes", 0)
             self.batched = True
             shaped = [True]
@@ -310,7 +317,28 @@ cdef class ServedModel:
             c.dims[i] = port.shape[i] if port.shape[i] >= 0 else -1
         return 0
 
+    cdef int set_classes(self, list labels) except -1:
+        """What the label output says of each class."""
+        cdef Py_ssize_t i
+        if len(labels) != <Py_ssize_t>self.trees.n_outputs:
+            raise ValueError(f"model {self.name}: {len(labels)} labels for {self.trees.n_outputs} classes")
+        if not isinstance(labels[0], str):
+            if tree_labels_literal(self.trees):
+                labels = [0, 1]
+            self.class_texts = [int(k).to_bytes(8, "little", signed=True) for k in labels]
+        else:
+            self.class_texts = [len(text).to_bytes(4, "little") + text for text in [k.encode() for k in labels]]
+        self.classes = <const char **>calloc(len(labels), sizeof(char *))
+        if self.classes == NULL:
+            raise MemoryError
+        for i in range(len(labels)):
+            self.classes[i] = PyBytes_AS_STRING(self.class_texts[i])
+        self.class_bytes = max([len(text) for text in self.class_texts])
+        self.label_port = 0
+        return 0
+
     def __dealloc__(self):
+        free(self.classes)
         free(self.ports.inputs)
         free(self.ports.outputs)
         free(self.place_of)
@@ -459,6 +487,13 @@ cdef class Target:
 
 
 # ---- One request ----
+
+cdef inline int score_rows(const ps_model *trees, const double *x, size_t rows, size_t stride, double *out,
+                           int32_t *labels) noexcept nogil:
+    if labels == NULL:
+        return trees.predict(trees, x, rows, stride, out)
+    return tree_labels(trees, x, rows, stride, out, labels)
+
 
 cdef object bad_body(size_t n, int64_t header, ps_request *r, bint given):
     if not given:
@@ -668,6 +703,10 @@ cdef class InferCall:
             if rows > MOST_BYTES // 8 // max(width, <size_t>1):
                 raise InferError(413, f"{rows} rows: their answer is more than {MOST_BYTES} bytes")
             need += (rows * width * 8 + 63) // 64 * 64
+            if self.wants_label():
+                if rows > MOST_BYTES // (self.model.class_bytes + 4):
+                    raise InferError(413, f"{rows} rows: their labels are more than {MOST_BYTES} bytes")
+                need += (rows * 4 + 63) // 64 * 64 + (rows * self.model.class_bytes + 63) // 64 * 64
             chunk = max(<size_t>1, CHUNK_DOUBLES // max(model.trees.n_inputs, <uint32_t>1))
             need += min(rows, chunk) * model.trees.n_inputs * 8
         else:
@@ -680,6 +719,14 @@ cdef class InferCall:
         self.out = <ps_tensor *>(self.scratch + n_in * sizeof(char *))
         self.work = self.scratch + start
         return 0
+
+    cdef bint wants_label(self) noexcept nogil:
+        cdef int i
+        if self.model.label_port >= 0:
+            for i in range(self.request.c.n_out):
+                if self.request.c.outputs[i].port == self.model.label_port:
+                    return True
+        return False
 
     cdef int look(self) except -1:
         cdef ps_fault fault
@@ -698,18 +745,25 @@ cdef class InferCall:
     cdef int run_trees(self) noexcept nogil:
         cdef const ps_model *trees = self.model.trees
         cdef ps_input *source = &self.request.c.inputs[0]
-        cdef ps_tensor *out = self.out
         cdef size_t rows = self.rows, n = trees.n_inputs, width = trees.n_outputs
         cdef double *scores = <double *>self.work
-        cdef double *x = <double *>(self.work + (rows * width * 8 + 63) // 64 * 64)
+        cdef char *rest = self.work + (rows * width * 8 + 63) // 64 * 64
+        cdef int32_t *labels = NULL
+        cdef char *texts = NULL
+        cdef double *x
         cdef const char *data = self.data[0]
         cdef size_t size = ps_dtypes[source.dtype].size
         cdef size_t done = 0, some, chunk
-        cdef int code = 0
+        cdef int code = 0, i
         cdef int64_t bad
+        if self.wants_label():
+            labels = <int32_t *>rest
+            texts = rest + (rows * 4 + 63) // 64 * 64
+            rest = texts + (rows * self.model.class_bytes + 63) // 64 * 64
+        x = <double *>rest
         if source.dtype == PS_DT_FP64 and <uintptr_t>data % 8 == 0:
             if rows:
-                code = trees.predict(trees, <const double *>data, rows, n, scores)
+                code = score_rows(trees, <const double *>data, rows, n, scores, labels)
         else:
             chunk = max(<size_t>1, CHUNK_DOUBLES // max(n, <size_t>1))
             while done < rows and code == 0:
@@ -718,21 +772,48 @@ cdef class InferCall:
                 if bad >= 0:
                     return self.fail(400, b"an element of the input has no exact double: expected BOOL of 0 or 1, "
                                           b"integers up to 2^53")
-                code = trees.predict(trees, x, some, n, scores + done * width)
+                code = score_rows(trees, x, some, n, scores + done * width, NULL if labels == NULL else labels + done)
                 done += some
         if code != 0:
             return self.fail(503, b"out of memory while scoring")
-        out.dtype = self.model.ports.outputs[0].dtype
-        out.data = <const char *>scores
-        out.count = rows * width
-        out.bytes = rows * width * 8
-        if out.dtype == PS_DT_FP32:
-            ps_to_floats(scores, rows * width)
-            out.bytes = rows * width * 4
-        out.rank = 2
-        out.dims[0] = rows
-        out.dims[1] = width
+        for i in range(self.request.c.n_out):
+            if self.request.c.outputs[i].port == self.model.label_port:
+                self.put_labels(&self.out[i], labels, texts)
+            else:
+                self.put_scores(&self.out[i], self.model.ports.outputs[self.request.c.outputs[i].port].dtype, scores)
         return 0
+
+    cdef void put_scores(self, ps_tensor *out, uint8_t dtype, double *scores) noexcept nogil:
+        cdef size_t width = self.model.trees.n_outputs, count = self.rows * width
+        if dtype == PS_DT_FP32:
+            ps_to_floats(scores, count)
+        out.dtype = dtype
+        out.data = <const char *>scores
+        out.count = count
+        out.bytes = count * ps_dtypes[dtype].size
+        out.rank = 2
+        out.dims[0] = self.rows
+        out.dims[1] = width
+
+    cdef void put_labels(self, ps_tensor *out, const int32_t *labels, char *texts) noexcept nogil:
+        cdef const char **classes = self.model.classes
+        cdef bint text = not self.model.fixed_shapes
+        cdef char *to = texts
+        cdef uint32_t length
+        cdef size_t n = 8
+        cdef int64_t r
+        for r in range(self.rows):
+            if text:
+                memcpy(&length, classes[labels[r]], 4)
+                n = 4 + <size_t>length
+            memcpy(to, classes[labels[r]], n)
+            to += n
+        out.dtype = PS_DT_BYTES if text else PS_DT_INT64
+        out.data = texts
+        out.count = self.rows
+        out.bytes = to - texts
+        out.rank = 1
+        out.dims[0] = self.rows
 
     cdef int run_session(self) noexcept nogil:
         cdef char error[PS_ONNX_ERROR_BYTES]
@@ -858,7 +939,7 @@ cdef class InferCall:
         else:
             self.n_parts = r.n_out
             same = request.answer is not None
-            if same and self.model.trees == NULL:
+            if same and not self.model.fixed_shapes:
                 for i in range(r.n_out):
                     same = same and (self.out[i].rank == request.shapes[i].rank
                                      and self.out[i].bytes == request.shapes[i].bytes

@@ -883,7 +883,7 @@ static double add(const ps_trees *m, double a, double b) {
 
 /* The two ONNX operators' last step, as ONNX Runtime does it: a target that no leaf of the row named has no score and
  * stays 0 even under base values (has is 0), except where a class needs one to win. */
-static void onnx_finish(const ps_trees *m, double *acc, uint8_t *has, double *out, int raw) {
+static void onnx_finish(const ps_trees *m, double *acc, uint8_t *has, double *out, int raw, int32_t *label) {
     uint32_t n = m->n_raw;
     const double *base = m->base;
     if (m->transform == PS_TREES_ONNX_REGRESSOR) {
@@ -905,6 +905,13 @@ static void onnx_finish(const ps_trees *m, double *acc, uint8_t *has, double *ou
     } else if (n > 2) {
         for (uint32_t k = 0; k < n; k++)
             out[k] = (uint32_t)m->n_base == n ? (has[k] ? add(m, acc[k], base[k]) : base[k]) : (has[k] ? acc[k] : 0);
+        if (label) {
+            int32_t best = -1; /* of the classes that have a score */
+            for (uint32_t k = 0; k < n; k++)
+                if ((has[k] || (uint32_t)m->n_base == n) && (best < 0 || out[k] > out[best]))
+                    best = (int32_t)k;
+            *label = best < 0 ? 0 : best;
+        }
         if (!raw)
             onnx_post(m, out, n);
     } else {
@@ -922,10 +929,11 @@ static void onnx_finish(const ps_trees *m, double *acc, uint8_t *has, double *ou
                 acc[0] = add(m, acc[0], base[0]);
             two = has[1];
         }
-        if (m->onnx_binary) {
-            double score = has[1] ? acc[1] : has[0] ? acc[0] : 0;
+        double score = has[1] ? acc[1] : has[0] ? acc[0] : 0;
+        if (m->onnx_binary)
             second = m->onnx_all_positive ? (score > 0.5 ? 0 : 1) : score > 0 ? 2 : 3;
-        }
+        if (label)
+            *label = score > (m->onnx_binary && m->onnx_all_positive ? 0.5 : 0);
         if (two) {
             out[0] = has[0] ? acc[0] : 0;
             out[1] = has[1] ? acc[1] : 0;
@@ -963,14 +971,14 @@ static float sigmoid32(float x) {
     return 1.0f / (expf(y) + 1.0f);
 }
 
-static void finish(const ps_trees *m, double *acc, uint8_t *has, double *out, int raw) {
+static void finish(const ps_trees *m, double *acc, uint8_t *has, double *out, int raw, int32_t *label) {
     uint32_t n = m->n_raw;
     /* LightGBM's raw scores of a random forest are sums: it averages with the transform. */
     if (m->aggregate == PS_TREES_AVERAGE && !(raw && m->transform < PS_TREES_ONNX_REGRESSOR))
         for (uint32_t k = 0; k < n; k++)
             acc[k] = m->accumulate32 ? (double)((float)acc[k] / (float)m->divisor) : acc[k] / m->divisor;
     if (m->transform >= PS_TREES_ONNX_REGRESSOR) {
-        onnx_finish(m, acc, has, out, raw);
+        onnx_finish(m, acc, has, out, raw, label);
         return;
     }
     if (!m->base_first)
@@ -1341,7 +1349,8 @@ static void add_masks(const ps_trees *m, const uint8_t *masks, double *acc, uint
 
 /* ---- Scoring ----------------------------------------------------------------------------------------------------- */
 
-int ps_trees_predict(const ps_trees *m, const double *x, size_t rows, size_t stride, double *out, int raw) {
+static int predict(const ps_trees *m, const double *x, size_t rows, size_t stride, double *out, int raw,
+                   int32_t *labels) {
     _Alignas(64) uint8_t stack[STACK_BYTES];
     uint32_t wide = raw ? m->n_raw : m->n_outputs, n_raw = m->n_raw;
     uint32_t block = 1;
@@ -1395,12 +1404,23 @@ int ps_trees_predict(const ps_trees *m, const double *x, size_t rows, size_t str
         } else
             predict_plain(m, from, acc, has);
         for (uint32_t k = 0; k < n; k++)
-            finish(m, acc + (size_t)k * n_raw, has + (size_t)k * n_raw, out + (r + k) * wide, raw);
+            finish(m, acc + (size_t)k * n_raw, has + (size_t)k * n_raw, out + (r + k) * wide, raw,
+                   labels ? labels + r + k : NULL);
     }
     if (room != stack)
         free(room);
     return 0;
 }
+
+int ps_trees_predict(const ps_trees *m, const double *x, size_t rows, size_t stride, double *out, int raw) {
+    return predict(m, x, rows, stride, out, raw, NULL);
+}
+
+int ps_trees_labels(const ps_trees *m, const double *x, size_t rows, size_t stride, double *out, int32_t *labels) {
+    return predict(m, x, rows, stride, out, 0, labels);
+}
+
+int ps_trees_literal_labels(const ps_trees *m) { return m->n_raw == 2 && !m->onnx_binary; }
 
 int ps_trees_model_predict(const ps_model *self, const double *x, size_t rows, size_t stride, double *out) {
     return ps_trees_predict(self->state, x, rows, stride, out, 0);

@@ -91,6 +91,10 @@ void ps_trees_free(ps_trees *trees);
 /* Same contract as ps_model.predict; raw scores go to out when raw is set (rows x n_raw), else outputs. Returns 0, or
  * -1 when memory for a very wide row is short. */
 int ps_trees_predict(const ps_trees *trees, const double *x, size_t rows, size_t stride, double *out, int raw);
+/* Outputs as ps_trees_predict, and the class of each row of an ONNX classifier: its place among the labels; where
+ * ps_trees_literal_labels, integer labels are 0 and 1 whatever the file calls them. */
+int ps_trees_labels(const ps_trees *trees, const double *x, size_t rows, size_t stride, double *out, int32_t *labels);
+int ps_trees_literal_labels(const ps_trees *trees);
 int ps_trees_model_predict(const ps_model *self, const double *x, size_t rows, size_t stride, double *out);
 
 int ps_trees_layout_of(const ps_trees *trees);

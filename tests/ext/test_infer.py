@@ -552,7 +552,7 @@ def test_trees_answer_as_predict_bit_for_bit(tree_models):
         assert served.platform == "penstock_trees"
         assert served.row_ns > 0
         assert served.batched
-        port, out = served.inputs[0], served.outputs[0]
+        port, out = served.inputs[0], served.outputs[-1]
         assert port.datatype == ("FP64" if name == "txt" else "FP32")
         assert port.shape == (-1, 6)
         assert out.shape == (-1, runtime.n_outputs)
@@ -578,14 +578,14 @@ def test_trees_answer_as_predict_bit_for_bit(tree_models):
                 wanted = runtime.predict(values.astype(np.float64)).astype(kind)
                 assert wanted.astype(np.float64).tobytes() == runtime.predict(values.astype(np.float64)).tobytes()
                 raw = values.tobytes()
-                assert served.infer([(port.name, datatype, (rows, 6), raw)]) == [
+                assert served.infer([(port.name, datatype, (rows, 6), raw)], [out.name]) == [
                     (out.name, out.datatype, (rows, runtime.n_outputs), wanted.tobytes())
                 ]
                 if datatype in ("FP32", "FP64") and rows:
                     data = values.tolist()
                     body = {"inputs": [{"name": port.name, "shape": [rows, 6], "datatype": datatype, "data": data}]}
                     answer = json.loads(served.infer_http(json.dumps(body).encode())[0])
-                    assert np.array(answer["outputs"][0]["data"], kind).tobytes() == wanted.tobytes()
+                    assert np.array(answer["outputs"][-1]["data"], kind).tobytes() == wanted.tobytes()
 
 
 def test_trees_take_missing_values_and_refuse_what_no_double_equals(tree_models):
@@ -608,11 +608,13 @@ def test_trees_take_missing_values_and_refuse_what_no_double_equals(tree_models)
 def test_trees_as_the_oracle(tree_models):
     """Requests for the trees, ids first and last, remembered or not."""
     for served, runtime in tree_models.values():
-        port, out = served.inputs[0], served.outputs[0]
+        port, out = served.inputs[0], served.outputs[-1]
         oracle = Model(
-            served.name, "1", [(port.name, port.datatype, port.shape)], [(out.name, out.datatype, out.shape)],
+            served.name, "1", [(port.name, port.datatype, port.shape)],
+            [(o.name, o.datatype, o.shape) for o in served.outputs],
             lambda feed, name=port.name, out=out, runtime=runtime: {
-                out.name: runtime.predict(feed[name].astype(np.float64)).astype(DTYPES[out.datatype])
+                out.name: runtime.predict(feed[name].astype(np.float64)).astype(DTYPES[out.datatype]),
+                "label": runtime.predict(feed[name].astype(np.float64)).argmax(1),
             },
             any_number=True,
         )  # fmt: skip
@@ -636,6 +638,45 @@ def test_trees_as_the_oracle(tree_models):
             damaged, length = mutated(text + raw, len(text), rng)
             if length != 0:
                 compare(served, oracle, damaged, length)
+
+
+@pytest.mark.parametrize("texts", [False, True])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_classifier_gives_its_label_too(folder, texts, classes):
+    """As the file has it: integers or texts, one per row, the scores beside it."""
+    import onnxruntime
+    from skl2onnx import to_onnx
+    from sklearn.ensemble import RandomForestClassifier
+
+    x = RNG.normal(size=(300, 4)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(int) + (classes > 2) * (x[:, 1] > 0.5)
+    names = np.array(["no", "perhaps é", "yes, of course"]) if texts else np.array([-4, 7, 12])
+    forest = RandomForestClassifier(7, max_depth=4, random_state=1).fit(x, names[y])
+    path = folder / f"labels{texts}{classes}.onnx"
+    path.write_bytes(to_onnx(forest, x[:1], options={"zipmap": False}).SerializeToString())
+    served = ServedModel("labels", "1", load(path), path=path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # more of them sum in another order
+    label, scores = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, {"X": x})
+    kind = "BYTES" if texts else "INT64"
+    assert [(p.name, p.datatype, p.shape) for p in served.outputs] == [
+        ("label", kind, (-1,)), ("probabilities", "FP32", (-1, classes)),
+    ]  # fmt: skip
+    raw = to_raw(label, kind)
+    assert served.infer([("X", "FP32", x.shape, x.tobytes())]) == [
+        ("label", kind, (300,), raw), ("probabilities", "FP32", (300, classes), scores.tobytes()),
+    ]  # fmt: skip
+    assert served.infer([("X", "FP32", x.shape, x.tobytes())], ["label"]) == [("label", kind, (300,), raw)]
+    body = {"inputs": [{"name": "X", "shape": [5, 4], "datatype": "FP32", "data": x[:5].tolist()}]}
+    assert json.loads(served.infer_http(json.dumps(body).encode())[0])["outputs"][0]["data"] == label[:5].tolist()
+    for k in range(20):  # a remembered header, labels of several lengths
+        body = json.dumps({
+            "inputs": [{"name": "X", "shape": [1, 4], "datatype": "FP32", "parameters": {"binary_data_size": 16}}],
+            "parameters": {"binary_data_output": True},
+        }).encode()  # fmt: skip
+        head_, parts = served.infer_http(body + x[k : k + 1].tobytes(), len(body))
+        assert parts == [to_raw(label[k : k + 1], kind), scores[k].tobytes()]
+        assert json.loads(head_)["outputs"][0]["parameters"]["binary_data_size"] == len(parts[0])
 
 
 def test_classification_is_the_largest_first(tree_models):

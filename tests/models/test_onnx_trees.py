@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracles.tree_rows import damaged, every_variant
+from penstock._ext.infer import ServedModel
+from penstock.models.runtime import load
 from penstock.models.trees import NotATreeModel, TreeModel, load_trees, read_ensemble
 
 onnx = pytest.importorskip("onnx")
@@ -105,6 +107,21 @@ def check(path, x, columns=None):
         np.testing.assert_array_equal(each[:, :columns], want[::5])
 
 
+def check_labels(path, x):
+    """The class that a served model gives is ONNX Runtime's, integers and texts."""
+    served = ServedModel("m", "1", load(path), path=path)
+    label = served.outputs[0]
+    want = session(path).run([label.name], {"X": x})[0]
+    raw = x.tobytes()
+    kind = "FP64" if x.dtype == np.float64 else "FP32"
+    (name, datatype, shape, got), _ = served.infer([("X", kind, x.shape, raw)])
+    assert (name, datatype, shape) == (label.name, "BYTES" if want.dtype == object else "INT64", (len(x),))
+    if want.dtype == object:
+        assert got == b"".join(len(t.encode()).to_bytes(4, "little") + t.encode() for t in want)
+    else:
+        np.testing.assert_array_equal(np.frombuffer(got, np.int64), want)
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     seed=st.integers(0, 2**31), double=st.booleans(), kind=st.sampled_from(["regressor", "classifier", "binary"]),
@@ -154,7 +171,20 @@ def test_random_ensembles_equal_onnxruntime(
     save(path, [node], n_inputs, double, outputs)
     # ONNX Runtime leaves the second column unset here: its bits change from call to call.
     unset = kind != "regressor" and n == 2 and only != 1 and size < 2 and (post == "PROBIT" or size == 1)
-    check(path, rows_around(rng, values, n_inputs, double, 60), 1 if unset else None)
+    x = rows_around(rng, values, n_inputs, double, 60)
+    check(path, x, 1 if unset else None)
+    if kind == "regressor":
+        return
+    texts = bool(rng.integers(2))
+    attrs.pop("classlabels_int64s")
+    if texts:
+        attrs["classlabels_strings"] = ["a", "", "\u00e9", "dd", "e"][:n]
+    else:
+        attrs["classlabels_int64s"] = [9, -3, 5, 70, 1][:n]
+    outputs[0] = ("L", 8 if texts else 7)
+    node = helper.make_node(op, ["X"], ["L", "Y"], domain="ai.onnx.ml", post_transform=post, **attrs)
+    save(path, [node], n_inputs, double, outputs)
+    check_labels(path, x)
 
 
 @settings(max_examples=150, deadline=None)
@@ -255,6 +285,8 @@ def test_converted_from_scikit_learn(tmp_path, table, name, zipmap):
     options = {} if label == 0 or zipmap else {"zipmap": False}
     path = tmp_path / "model.onnx"
     path.write_bytes(skl2onnx.to_onnx(estimator, x[:1], options=options).SerializeToString())
+    if label:
+        check_labels(path, x[:300])
     if not zipmap:
         check(path, x[:300])
         return

@@ -326,12 +326,33 @@ def read_graph(data: bytes) -> Graph:
     return graph
 
 
-def graph_ports(path: str | os.PathLike[str]) -> tuple[list[Port], list[Port]]:
-    """Inputs (without initializers) and outputs of an ONNX file's graph; its nodes are not read. Raises TreeError."""
+def graph_ports(path: str | os.PathLike[str]) -> tuple[list[Port], list[Port], str | None, list[int | str] | None]:
+    """Inputs (without initializers) and outputs of an ONNX file's graph; and where a tree classifier's label is an
+    output as it is, its name and the classes. Of the nodes little more is read than their names. Raises TreeError.
+    """
     data = Path(path).read_bytes()
     graphs = _Message(data, 0, len(data)).messages(7)
     if len(graphs) != 1:
         raise TreeError("this is no ONNX file: it has no graph")
     known = {message.text(8) for message in graphs[0].messages(5)}
-    inputs = [_port(message) for message in graphs[0].messages(11)]
-    return [port for port in inputs if port.name not in known], [_port(message) for message in graphs[0].messages(12)]
+    inputs = [port for port in map(_port, graphs[0].messages(11)) if port.name not in known]
+    outputs = [_port(message) for message in graphs[0].messages(12)]
+    names: set[str] = set()
+    labels: list[int | str] = []
+    nodes = graphs[0].messages(1)
+    for node in nodes:
+        if node.text(4) == "TreeEnsembleClassifier" and node.text(7) == "ai.onnx.ml":
+            names = set(_texts(node, 2)[:1])
+            for attribute in node.messages(5):
+                if attribute.text(1) == "classlabels_int64s":
+                    labels += attribute.integers(8).tolist()
+                elif attribute.text(1) == "classlabels_strings":
+                    labels += [text.decode(errors="replace") for text in attribute.bytes_list(9)]
+    element = 8 if labels and isinstance(labels[0], str) else INT64
+    for node in nodes:  # what passes the label on as it is
+        if names & set(_texts(node, 1)):
+            to = [attribute.integer(3, 0) for attribute in node.messages(5) if attribute.text(1) == "to"]
+            if node.text(4) == "Identity" or (node.text(4) == "Cast" and to == [element]):
+                names |= set(_texts(node, 2))
+    found = [port.name for port in outputs if port.name in names and port.element == element]
+    return (inputs, outputs, found[0], labels) if found and labels else (inputs, outputs, None, None)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
-__all__ = ["Aggregate", "NotATreeModel", "Transform", "TreeEnsemble", "TreeError", "below"]
+__all__ = ["Aggregate", "NotATreeModel", "Transform", "TreeEnsemble", "TreeError", "TreePorts", "below"]
 
 
 class TreeError(ValueError):
@@ -21,6 +22,18 @@ class TreeError(ValueError):
 
 class NotATreeModel(Exception):
     """A well-formed ONNX file that holds something else than one tree ensemble: it belongs to another runtime."""
+
+
+class TreePorts(msgspec.Struct, frozen=True):
+    """Inputs and outputs as the file has them: name, datatype of the Open Inference Protocol, columns.
+
+    label: the output of an ONNX classifier that gives a class per row; labels: the classes, integers or texts.
+    """
+
+    input: tuple[str, str, int]
+    output: tuple[str, str, int]
+    label: str | None = None
+    labels: list[int | str] | None = None
 
 
 class Aggregate:
