@@ -1,8 +1,14 @@
 /* tree_form.c (control path): a form of trees as one block of bytes; see tree_form.h. */
+#define _GNU_SOURCE
 #include "tree_form.h"
 
+#include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "crc32c.h"
 
@@ -142,4 +148,48 @@ int ps_trees_form_read(const void *block, size_t bytes, ps_trees_form *form, con
         return 1;
     }
     return 0;
+}
+
+typedef struct {
+    const void *block;
+    size_t bytes;
+    int layout, simd, nice;
+    size_t table_bytes;
+    ps_trees_form *form;
+    const char **names;
+    size_t *n_names;
+    char *error;
+    ps_trees *made;
+} build_task;
+
+static void build_now(build_task *t) {
+    t->made = NULL;
+    if (!ps_trees_form_read(t->block, t->bytes, t->form, t->names, t->n_names, t->error))
+        t->made = ps_trees_build(t->form, t->layout, t->simd, t->table_bytes, t->error);
+}
+
+static void *build_nicely(void *argument) {
+    build_task *t = argument;
+    setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), t->nice);
+    build_now(t);
+    return NULL;
+}
+
+ps_trees *ps_trees_build_block(const void *block, size_t bytes, int layout, int simd, size_t table_bytes, int nice,
+                               ps_trees_form *form, const char **names, size_t *n_names, char *error) {
+    build_task task = {block, bytes, layout, simd, nice, table_bytes, form, names, n_names, error, NULL};
+    pthread_t thread;
+    int failed = 1;
+    if (nice) {
+        sigset_t all, before;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the process's own threads */
+        failed = pthread_create(&thread, NULL, build_nicely, &task);
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+    }
+    if (failed)
+        build_now(&task);
+    else
+        pthread_join(thread, NULL);
+    return task.made;
 }

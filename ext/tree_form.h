@@ -19,4 +19,9 @@ void ps_trees_form_write(const ps_trees_form *form, const char *names, size_t n_
 int ps_trees_form_read(const void *block, size_t bytes, ps_trees_form *form, const char **names, size_t *n_names,
                        char *error);
 
+/* Builds trees from a block, in a thread of its own whose nice value is `nice` (0: in this thread), and waits for it.
+ * What holds Python's GIL must not give way to other processes, so only this does. NULL with the reason in error. */
+ps_trees *ps_trees_build_block(const void *block, size_t bytes, int layout, int simd, size_t table_bytes, int nice,
+                               ps_trees_form *form, const char **names, size_t *n_names, char *error);
+
 #endif

@@ -32,6 +32,8 @@ cdef extern from "tree_kernel.h" nogil:
     ps_trees *ps_trees_build(const ps_trees_form *form, int layout, int simd, size_t table_bytes, char *error)
     void ps_trees_free(ps_trees *trees)
     int ps_trees_predict(const ps_trees *trees, const double *x, size_t rows, size_t stride, double *out, int raw)
+    int ps_trees_labels(const ps_trees *trees, const double *x, size_t rows, size_t stride, double *out, int32_t *labels)
+    int ps_trees_literal_labels(const ps_trees *trees)
     int ps_trees_model_predict(const ps_model *self, const double *x, size_t rows, size_t stride, double *out)
     int ps_trees_layout_of(const ps_trees *trees)
     int ps_trees_simd_of(const ps_trees *trees)
@@ -44,6 +46,8 @@ cdef extern from "tree_form.h" nogil:
     void ps_trees_form_write(const ps_trees_form *form, const char *names, size_t n_names, void *to)
     int ps_trees_form_read(const void *block, size_t bytes, ps_trees_form *form, const char **names, size_t *n_names,
                            char *error)
+    ps_trees *ps_trees_build_block(const void *block, size_t bytes, int layout, int simd, size_t table_bytes, int nice,
+                                   ps_trees_form *form, const char **names, size_t *n_names, char *error)
 
 
 cdef class TreeModel:
@@ -54,3 +58,9 @@ cdef class TreeModel:
         readonly tuple feature_names
 
     cdef object score(self, object x, bint raw)
+
+
+# For a ps_model that a TreeModel made: scores and classes of an ONNX classifier; see ps_trees_labels.
+cdef int tree_labels(const ps_model *model, const double *x, size_t rows, size_t stride, double *out,
+                     int32_t *labels) noexcept nogil
+cdef bint tree_labels_literal(const ps_model *model) noexcept nogil

@@ -5,7 +5,8 @@ import numpy.typing as npt
 
 class TreeModel:
     """A scorer made of a models.tree_ensemble.TreeEnsemble (build one with models.trees.load_trees), or of what
-    compile_form() made of one: bytes, or a mapped file; the GIL is then held for microseconds."""
+    compile_form() made of one: bytes, or a mapped file; the GIL is then held for microseconds, and with `nice` a thread
+    of that priority builds it."""
 
     feature_names: tuple[str, ...] | None
     def __init__(
@@ -14,6 +15,7 @@ class TreeModel:
         layout: Literal["auto", "plain", "walk", "masks"] = "auto",
         simd: Literal["auto", "portable", "avx2"] = "auto",
         table_bytes: int = 0,
+        nice: int = 0,
     ) -> None: ...
     @property
     def abi(self) -> int: ...

@@ -92,12 +92,14 @@ def compile_form(form):
 
 cdef class TreeModel:
     """A scorer made of a models.tree_ensemble.TreeEnsemble (build one with models.trees.load_trees), or of what
-    compile_form() made of one: bytes, or a mapped file; the GIL is then held for microseconds."""
+    compile_form() made of one: bytes, or a mapped file; the GIL is then held for microseconds, and with `nice` a thread
+    of that priority builds it."""
 
-    def __cinit__(self, form, str layout="auto", str simd="auto", size_t table_bytes=0):
+    def __cinit__(self, form, str layout="auto", str simd="auto", size_t table_bytes=0,
+                  int nice=0):
         cdef ps_trees_form f
         cdef char error[256]
-        cdef int wanted, instructions, failed
+        cdef int wanted, instructions
         cdef Py_buffer block
         cdef const char *names = NULL
         cdef size_t n_names = 0
@@ -112,9 +114,8 @@ cdef class TreeModel:
                 if <uintptr_t>block.buf % 8:
                     raise ValueError("a compiled form stands on a multiple of 8 bytes")
                 with nogil:
-                    failed = ps_trees_form_read(block.buf, block.len, &f, &names, &n_names, error)
-                    if not failed:
-                        self.trees = ps_trees_build(&f, wanted, instructions, table_bytes, error)
+                    self.trees = ps_trees_build_block(block.buf, block.len, wanted, instructions, table_bytes, nice, &f,
+                                                      &names, &n_names, error)
                 if self.trees != NULL and n_names:
                     self.feature_names = tuple(names[:n_names - 1].decode().split("\0"))
             finally:
@@ -225,3 +226,11 @@ def xgboost_margin(float base_score, int link):
     """The margin that XGBoost starts from, in its own float32 arithmetic. link: 0 none, 1 logit, 2 log."""
     return ps_trees_xgboost_margin(base_score, link)
 
+
+cdef int tree_labels(const ps_model *model, const double *x, size_t rows, size_t stride, double *out,
+                     int32_t *labels) noexcept nogil:
+    return ps_trees_labels(<const ps_trees *>model.state, x, rows, stride, out, labels)
+
+
+cdef bint tree_labels_literal(const ps_model *model) noexcept nogil:
+    return ps_trees_literal_labels(<const ps_trees *>model.state)

@@ -162,8 +162,8 @@ def test_no_room_for_what_it_makes(tmp_path):
 def test_the_child_ends_with_its_parent(tmp_path):
     script = (
         "import os, sys, time; from penstock.models.loader import Loader\n"
-        "loader = Loader(); loader.start(); print(loader.pid, flush=True)\n"
-        "os.fork() and time.sleep(60)\n"  # a forked child may hold the other end of its channel
+        "loader = Loader(); loader.start()\n"
+        "if os.fork(): print(loader.pid, flush=True)\n"  # a forked child may hold the other end of its channel
         "time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, process_group=0)

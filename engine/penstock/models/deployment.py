@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .folder import version_key
-from .loader import low_priority
 
 if TYPE_CHECKING:
     from .._ext.infer import ServedModel, Target
@@ -87,7 +86,8 @@ class Deployment:
 
 
 class Worker:
-    """One thread of low priority for what would hold up the loop: waiting for the loader, building, freeing."""
+    """One thread for what would hold up the loop: waiting for the loader, building, freeing. It has the loop's priority,
+    or the loop would wait for a GIL whose holder gives way to other processes; what is long runs in threads of less."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]] | None] = (
@@ -136,7 +136,6 @@ class Worker:
             self._thread.start()
 
     def _work(self) -> None:
-        low_priority()
         while True:
             try:
                 job = self._jobs.get(timeout=LOOK_EVERY if self._retired else None)

@@ -33,6 +33,7 @@ __all__ = [
 
 SUFFIXES = (".onnx", ".txt", ".json", ".ubj")
 
+MOST_NAME = 200  # characters: file systems take 255 bytes
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _VERSION = re.compile(r"\d+(\.\d+)*")
 
@@ -147,11 +148,11 @@ def model_file(folder: Path, ref: str) -> Path:
 
 def is_name(name: str) -> bool:
     """Whether a text can name a model: no path can be made of it."""
-    return bool(_NAME.fullmatch(name))
+    return len(name) <= MOST_NAME and bool(_NAME.fullmatch(name))
 
 
 def is_version(version: str) -> bool:
-    return bool(_VERSION.fullmatch(version))
+    return len(version) <= MOST_NAME and bool(_VERSION.fullmatch(version))
 
 
 def version_key(version: str) -> tuple[list[int], str]:

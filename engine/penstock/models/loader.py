@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ import msgspec
 
 from .folder import SUFFIXES, ModelError, aliases, is_name, model_file, models, versions
 from .runtime import Runtime
+from .tree_ensemble import TreePorts
 
-__all__ = ["Compiled", "FoundModel", "FoundVersion", "Loader", "build", "low_priority", "main"]
+__all__ = ["Compiled", "FoundModel", "FoundVersion", "Loader", "build", "main", "nicely"]
 
 LOOK_EVERY = 2.0  # seconds between two looks whether the parent lives
-NICE = 15  # of threads that build, beside a loop that serves
+NICE = 10  # of the child, and of threads that build; a thread that holds the GIL does not give way
 _LENGTH = 4
 _MOST = 1 << 30  # bytes of a message
 
@@ -63,7 +64,8 @@ class FoundModel(msgspec.Struct, frozen=True):
 class Compiled(msgspec.Struct, frozen=True, kw_only=True):
     """A file that was read, and what its memory holds. kind: trees | onnx | onnx_file (an ONNX file as it is).
 
-    inputs: names in the order of the columns, or None; n_inputs: of trees; output, shown, folder: as OnnxSource.
+    inputs: names in the order of the columns, or None; ports: of trees, as tree_ports() gives them; output, shown,
+    folder: as OnnxSource.
     """
 
     kind: str
@@ -73,7 +75,7 @@ class Compiled(msgspec.Struct, frozen=True, kw_only=True):
     mtime_ns: int = 0
     inode: int = 0
     inputs: list[str] | None = None
-    n_inputs: int = 0
+    ports: TreePorts | None = None
     output: str | None = None
     shown: str | None = None
     folder: str | None = None
@@ -186,7 +188,7 @@ class Loader:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._lock = threading.Lock()
-        self._stopped = False
+        self._stopped = self._started = False
         self.restarts = 0
 
     @property
@@ -201,6 +203,8 @@ class Loader:
             raise ModelError("the loader of models is stopped")
         if self.pid is not None:
             return
+        self.restarts += self._started
+        self._started = True
         self._end()
         mine, its = socket.socketpair()
         source = str(Path(__file__).resolve().parents[2])
@@ -256,7 +260,6 @@ class Loader:
                 except (EOFError, OSError):
                     if self._stopped:
                         raise ModelError("the loader of models is stopped") from None
-                    self.restarts += 1
                     status = self._process.wait() if self._process is not None else 0
                     self._end()
                     if attempt:
@@ -289,8 +292,9 @@ class Loader:
         *,
         content: bytes | None = None,
         whole: bool = False,
-    ) -> tuple[Compiled, mmap.mmap]:
-        """A file (or its content) compiled, and the memory that holds it. Raises ModelError."""
+    ) -> tuple[Compiled, Any]:
+        """A file (or its content) compiled, and the memory that holds it: mapped, or for an onnx_file whose content was
+        given, an open file; None where the path is all. Raises ModelError."""
         given = -1
         try:
             if content is not None:
@@ -312,6 +316,8 @@ class Loader:
         finally:
             if given >= 0:
                 os.close(given)
+        if answer.compiled is not None and answer.compiled.kind == "onnx_file":
+            return answer.compiled, None if descriptor < 0 else os.fdopen(descriptor, "rb")
         if answer.compiled is None or descriptor < 0:
             raise ModelError(f"model {name}: the loader gave nothing")
         try:
@@ -322,27 +328,47 @@ class Loader:
             os.close(descriptor)
 
 
-def build(compiled: Compiled, memory: mmap.mmap, name: str) -> Runtime:
+def build(compiled: Compiled, memory: Any, name: str) -> Runtime:
     """A runtime from what the child made; all but microseconds of it without the GIL. Raises ModelError."""
+    if compiled.kind == "onnx_file":
+        raise ValueError("a whole ONNX file is opened from its path")
     if compiled.kind == "trees":
         from .._ext.trees import TreeModel
         from .runtime import TreeRuntime
 
         try:
-            model = TreeModel(memory)
+            model = TreeModel(memory, nice=NICE)
         except (ValueError, OverflowError) as error:
             raise ModelError(f"model {name}: {compiled.path}: {error}") from None
-        return TreeRuntime(model, None if compiled.inputs is None else tuple(compiled.inputs))
+        runtime = TreeRuntime(model, None if compiled.inputs is None else tuple(compiled.inputs))
+        runtime.ports = compiled.ports
+        return runtime
     from .onnx_runtime import OnnxRuntime, OnnxSource
 
     source = OnnxSource(memory, compiled.output, compiled.shown, compiled.folder)
-    return OnnxRuntime.compiled(source, compiled.inputs, name)
+    runtime: Runtime = nicely(lambda: OnnxRuntime.compiled(source, compiled.inputs, name))
+    return runtime
 
 
-def low_priority() -> None:
-    """This thread gives way to the others of the process."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+def nicely(job: Callable[[], Any]) -> Any:
+    """Run a job in a thread of low priority and wait: for work that is long, and mostly without the GIL."""
+    result: list[Any] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        try:
+            result.append(job())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name="penstock-build", daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return result[0]
 
 
 # the child's side
@@ -431,17 +457,20 @@ class _Child:
             raise ModelError(f"model {request.name}: {path} is no model file; expected one of {', '.join(SUFFIXES)}")
         data, status = self.read(request, path, given)
         digest = hashlib.sha256(data).hexdigest()
-        compiled, made = _compile(request, path, data)
+        file = Path(f"/proc/self/fd/{given}") if request.given else path
+        compiled, made = _compile(request, path, data, file)
+        descriptor = -1
         try:
-            descriptor = _memory("penstock-model")
+            descriptor = -1 if made is None else _memory("penstock-model")
             try:
-                _write(descriptor, made)
+                if made is not None:
+                    _write(descriptor, made)
             except BaseException:
                 os.close(descriptor)
                 raise
         except OSError as error:
             raise ModelError(
-                f"model {request.name}: no room for its {len(made):,} bytes in memory: {error.strerror}"
+                f"model {request.name}: no room for its {len(made or b''):,} bytes in memory: {error.strerror}"
             ) from None
         place: dict[str, int] = {}
         if status is not None:
@@ -474,10 +503,11 @@ def _stamp(found: FoundVersion) -> tuple[str, int, int, int]:
     return found.path, found.size, found.mtime_ns, found.inode
 
 
-def _compile(request: Compile, path: Path, data: bytes) -> tuple[Compiled, bytes]:
+def _compile(request: Compile, path: Path, data: bytes, file: Path) -> tuple[Compiled, bytes | None]:
+    """What a file's bytes hold; `file`: where they are."""
     from .onnx_runtime import OnnxSource
     from .runtime import bind_inputs
-    from .trees import NotATreeModel, compile_form, parse_ensemble
+    from .trees import NotATreeModel, compile_form, parse_ensemble, tree_ports
 
     name = request.name
     common: dict[str, Any] = {"path": str(path), "sha256": "", "size": len(data)}
@@ -487,7 +517,8 @@ def _compile(request: Compile, path: Path, data: bytes) -> tuple[Compiled, bytes
             form = parse_ensemble(data, path)
             inputs = bind_inputs(form.feature_names, request.inputs, form.n_inputs, name)
             bound = None if inputs is None else list(inputs)
-            return Compiled(kind="trees", inputs=bound, n_inputs=form.n_inputs, **common), compile_form(form)
+            ports = tree_ports(path, form.n_inputs, form.n_outputs, file)
+            return Compiled(kind="trees", inputs=bound, ports=ports, **common), compile_form(form)
         except NotATreeModel as error:
             reason = str(error)
         except ModelError:
@@ -497,7 +528,7 @@ def _compile(request: Compile, path: Path, data: bytes) -> tuple[Compiled, bytes
     if path.suffix != ".onnx":
         raise ModelError(f"model {name}: {path}: {reason}")
     if request.whole:
-        return Compiled(kind="onnx_file", folder=str(path.parent), inputs=request.inputs, **common), data
+        return Compiled(kind="onnx_file", **common), data if request.given else None
     source = OnnxSource.of(path, data, request.output, name)
     made = source.data if isinstance(source.data, bytes) else data
     return (
@@ -546,8 +577,10 @@ def _serve(channel: socket.socket, parent: int) -> None:
 def main() -> int:
     """Run as `python -m penstock.models.loader PARENT`, its standard input a socket."""
     with contextlib.suppress(OSError):
-        # Only where nothing else wants the core, as the keeper: a server that shares it does not wait for a slice.
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        # Behind a server that shares the core; but not only where it is idle, as the keeper: who asks for a model on a
+        # busy machine, to get rid of a slow one, is not to wait for ever.
+        os.setpriority(os.PRIO_PROCESS, 0, NICE)
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with contextlib.suppress(ValueError, OSError):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     channel = socket.socket(fileno=os.dup(0))

@@ -9,6 +9,7 @@ the other; and nothing is ever written into the folder.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ import msgspec
 
 from .deployment import Deployment, Worker
 from .folder import SUFFIXES, ModelError, is_name, is_version, version_key
-from .loader import Compiled, FoundModel, FoundVersion, Loader, build
+from .loader import Compiled, FoundModel, FoundVersion, Loader, build, nicely
 
 if TYPE_CHECKING:
     from .._ext.infer import ServedModel
@@ -434,10 +435,19 @@ def _served(name: str, version: str, compiled: Compiled, memory: Any) -> Any:
     """A ServedModel from what the loader made."""
     from .._ext.infer import ServedModel
 
-    ref = f"{name}@{version}"
-    runtime = build(compiled, memory, ref)
-    _give_way()
-    return ServedModel(name, version, runtime, path=compiled.path)
+    if compiled.kind != "onnx_file":
+        runtime = build(compiled, memory, f"{name}@{version}")
+        _give_way()
+        return ServedModel(name, version, runtime, path=compiled.path)
+    if memory is not None:
+        with memory:
+            given = f"/proc/self/fd/{memory.fileno()}"
+            return nicely(lambda: ServedModel(name, version, None, path=given))
+    served = nicely(lambda: ServedModel(name, version, None, path=compiled.path))
+    status = os.stat(compiled.path)
+    if (status.st_mtime_ns, status.st_ino, status.st_size) != (compiled.mtime_ns, compiled.inode, compiled.size):
+        raise ModelError(f"model {name}@{version}: {compiled.path} was written while it was read; load it again")
+    return served
 
 
 def _there_is(found: list[FoundModel]) -> str:

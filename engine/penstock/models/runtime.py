@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .folder import ModelError
+from .tree_ensemble import TreePorts
 
 __all__ = ["RUNTIMES", "NotForThisRuntime", "Runtime", "TreeRuntime", "bind_inputs", "load"]
 
@@ -62,6 +63,7 @@ class TreeRuntime:
     """A tree ensemble in our own kernel."""
 
     kind = "trees"
+    ports: TreePorts | None = None  # trees.tree_ports(), where they are known
 
     def __init__(self, model: Any, inputs: tuple[str, ...] | None) -> None:
         self.model = model

@@ -11,7 +11,7 @@ from typing import Literal
 
 from penstock._ext.trees import TreeModel, compile_form
 
-from .tree_ensemble import NotATreeModel, TreeEnsemble, TreeError
+from .tree_ensemble import NotATreeModel, TreeEnsemble, TreeError, TreePorts
 
 __all__ = [
     "NotATreeModel",
@@ -21,6 +21,7 @@ __all__ = [
     "load_trees",
     "parse_ensemble",
     "read_ensemble",
+    "tree_ports",
 ]
 
 
@@ -52,6 +53,32 @@ def parse_ensemble(data: bytes, path: Path) -> TreeEnsemble:
     except TreeError as error:
         raise ValueError(f"{path}: {error}") from None
     raise ValueError(f"{path}: expected a name that ends in .txt, .json, .ubj or .onnx")
+
+
+def tree_ports(
+    path: str | os.PathLike[str] | None, n_inputs: int, n_outputs: int, file: str | os.PathLike[str] | None = None
+) -> TreePorts:
+    """What a tree ensemble takes and gives, by its file.
+
+    file: where the bytes are, where that is another place than the path that names them.
+    """
+    suffix = "" if path is None else os.path.splitext(path)[1]
+    if suffix == ".onnx" and path is not None:
+        from .onnx_protobuf import graph_ports
+
+        inputs, outputs, label, labels = graph_ports(path if file is None else file)
+        # The label stands beside the scores as an integer or a text; a ZipMap's scores are no tensor in the file.
+        scores = [port for port in outputs if port.element in (1, 11)] or [p for p in outputs if p.element < 0]
+        if len(inputs) == 1 and scores:
+            kinds = {1: "FP32", 11: "FP64"}
+            return TreePorts(
+                (inputs[0].name, kinds.get(inputs[0].element, "FP32"), n_inputs),
+                (scores[0].name, kinds.get(scores[0].element, "FP32"), n_outputs),
+                label,
+                labels,
+            )
+    kind = "FP32" if suffix in (".json", ".ubj", ".onnx") else "FP64"
+    return TreePorts(("input", kind, n_inputs), ("score", kind, n_outputs))
 
 
 def load_trees(
