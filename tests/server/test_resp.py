@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -165,9 +166,12 @@ class Served:
     way: "inline", "queued" (every command waits in the loop's queue first) or "pooled" (models run on the pool).
     """
 
-    def __init__(self, way: str = "inline", app: Any = APP, lanes: Any = None, **limits: Any) -> None:
+    def __init__(
+        self, way: str = "inline", app: Any = APP, lanes: Any = None, find_model: Any = None, **limits: Any
+    ) -> None:
         self.engine = Engine(app)
         self.config = ServerConfig(**{"max_body": MAX_BODY, **limits})
+        self.find_model = find_model
         self.slow: list[Lane] = []
         self.event_lanes = None
         if way != "inline":
@@ -191,7 +195,12 @@ class Served:
         self.flow = Flow(1)
         self.flow.start(self.loop)
         self.server = build_resp(
-            self.engine, self.config, flow=self.flow, lanes=self.lanes, event_lanes=self.event_lanes
+            self.engine,
+            self.config,
+            flow=self.flow,
+            lanes=self.lanes,
+            event_lanes=self.event_lanes,
+            find_model=self.find_model,
         )
         acceptor = await self.loop.create_server(self.server, "127.0.0.1", 0)
         self.port = acceptor.sockets[0].getsockname()[1]
@@ -234,7 +243,7 @@ class Served:
 
 @pytest.fixture(scope="module", params=["inline", "queued", "pooled"])
 def served(request: Any) -> Iterator[Served]:
-    with Served(request.param, body_timeout=0.5) as running:
+    with Served(request.param) as running:
         yield running
 
 
@@ -595,7 +604,13 @@ def test_http_is_turned_away(served):
         assert client.rest() == b"-ERR this port speaks RESP, not HTTP\r\n"
 
 
-def test_half_a_command_is_closed_in_time(served):
+@pytest.mark.parametrize("way", ["inline", "queued"])
+def test_half_a_command_is_closed_in_time(way):
+    with Served(way, body_timeout=0.5) as served:
+        _half_commands(served)
+
+
+def _half_commands(served):
     for half in (
         b"*",
         b"*2\r\n$4\r\nEC",
@@ -826,6 +841,67 @@ def test_what_cannot_be_in_time_is_refused_early():
         answer = client.ask("PENSTOCK.SCORE", "fraud", "TIMEOUT", 100, as_json())
         assert str(answer).startswith("BUSY deadline: it cannot be answered in time, retry in "), answer
         assert served.engine.stats()["outcomes"] == before
+
+
+# Models.
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: Any) -> tuple[Path, Any]:
+    """An XGBoost model of three inputs, and what made it."""
+    xgboost = pytest.importorskip("xgboost")
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(300, 3)).astype(np.float32)
+    booster = xgboost.train(
+        {"objective": "binary:logistic", "max_depth": 3, "nthread": 1}, xgboost.DMatrix(x, x[:, 0] > 0), 5
+    )
+    path = tmp_path_factory.mktemp("models") / "model.json"
+    booster.save_model(path)
+    return path, booster
+
+
+@pytest.mark.parametrize("way", ["inline", "queued", "pooled"])
+def test_infer(way, model_file):
+    import xgboost
+
+    from penstock._ext.infer import ServedModel, Target
+    from penstock.models.runtime import load
+
+    path, booster = model_file
+    lane = Lane("tree", row_ns=1000 if way == "inline" else SLOW_NS, may_pool=way == "pooled")
+    newest, first, empty = Target("tree", "", lane), Target("tree", "1", lane), Target("gone", "", lane)
+    newest.model = first.model = ServedModel("tree", "1", load(path), path=path)
+    targets = {("tree", ""): newest, ("tree", "1"): first, ("gone", ""): empty}
+    with Served(find_model=lambda name, version: targets.get((name, version))) as served, served.client() as client:
+        if way != "inline":
+            served.slow.append(lane)
+        rows = np.random.default_rng(1).normal(size=(50, 3)).astype(np.float32)
+        wanted = booster.predict(xgboost.DMatrix(rows))
+        for name in ("tree", "tree@1"):
+            raw = client.ask("PENSTOCK.INFER", name, rows.tobytes())
+            found = np.frombuffer(raw, np.float32 if len(raw) == 200 else np.float64)
+            np.testing.assert_allclose(found, wanted, rtol=1e-5)
+        one = [command("PENSTOCK.INFER", "tree", "TIMEOUT", 10**7, "PRIORITY", 2, row.tobytes()) for row in rows]
+        client.send(b"".join(one) + command("PING"))
+        each = [client.read() for _ in rows]
+        assert client.read() == "PONG"
+        assert b"".join(each) == raw
+        for arguments, error in (
+            (["tree", b"123"], "ERR invalid_input "),
+            (["none", b"123"], "ERR unknown_model no model 'none' is loaded"),
+            (["tree@2", b"123"], "ERR unknown_model "),
+            (["gone", b"123"], "ERR unknown_model "),
+            (["tree"], "ERR wrong number of arguments for 'penstock.infer' command"),
+            (["tree", "WHAT", b"123"], "ERR syntax error"),
+            (["tree", "TIMEOUT", "1"], "ERR TIMEOUT: expected a whole number after it"),
+            (["tree", rows[0].tobytes(), rows[0].tobytes()], "ERR "),
+            ([b"\xff@\xff", b"123"], "ERR unknown_model "),
+        ):
+            answer = client.ask("PENSTOCK.INFER", *arguments)
+            assert isinstance(answer, Error), arguments
+            assert str(answer).startswith(error), answer
+        newest.model = None
+        assert "unknown_model" in str(client.ask("PENSTOCK.INFER", "tree", rows.tobytes()))
 
 
 # Other people's clients.
