@@ -66,7 +66,8 @@ def test_onnx_that_holds_no_trees(loader, tmp_path):
     runtime = build(compiled, memory, "m@1")
     x = np.random.default_rng(1).normal(size=(4, 3))
     assert runtime.predict(x).tobytes() == load(path, ["a", "b", "c"]).predict(x).tobytes()
-    assert runtime.inputs == ("a", "b", "c") and runtime.kind == "onnx"
+    assert runtime.inputs == ("a", "b", "c")
+    assert runtime.kind == "onnx"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_a_broken_file_is_an_error_that_names_it(loader, tmp_path, content, file
 
 
 def test_a_file_that_is_not_there(loader, tmp_path):
-    with pytest.raises(ModelError, match="model m@1: cannot read .*: No such file"):
+    with pytest.raises(ModelError, match=r"model m@1: cannot read .*: No such file"):
         loader.compile(str(tmp_path / "model.txt"), "m@1")
     with pytest.raises(ModelError, match=r"no model file; expected one of \.onnx"):
         loader.compile(str(tmp_path / "model.pkl"), "m@1")

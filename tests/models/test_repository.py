@@ -78,9 +78,11 @@ def test_every_version_is_served_and_the_newest_without_one(root):
         assert score(repository, "fraud", "2") == right(2)
         assert score(repository, "fraud", "10") == score(repository, "fraud") == right(3)
         assert score(repository, "churn") == right(4)
-        assert repository.model("fraud", "3") is None and repository.model("other") is None
+        assert repository.model("fraud", "3") is None
+        assert repository.model("other") is None
         assert repository.table.target("fraud", "3") is None
-        assert repository.table.target("fraud").version == "" and repository.table.target("fraud").name == "fraud"
+        assert repository.table.target("fraud").version == ""
+        assert repository.table.target("fraud").name == "fraud"
         assert [(row["name"], row["version"], row["state"], row["reason"]) for row in repository.index()] == [
             ("churn", "1", "READY", ""),
             ("fraud", "1", "READY", ""),
@@ -150,22 +152,28 @@ def test_load_unload_and_load_again(root):
         target, version = table.target("fraud"), table.version
         first = target.model
         await repository.load("fraud")
-        assert target.model is first and table.version == version  # the same files
+        assert target.model is first
+        assert table.version == version
         put(root, "fraud", "10", trained(5))
         put(root, "fraud", "11", trained(6))
         shutil.rmtree(root / "fraud" / "2")
         await repository.load("fraud")
         assert table.version == version + 1
         assert repository.versions("fraud") == ["1", "10", "11"]
-        assert score(repository, "fraud") == right(6) and score(repository, "fraud", "10") == right(5)
-        assert table.target("fraud") is target and table.target("fraud", "2").model is None
+        assert score(repository, "fraud") == right(6)
+        assert score(repository, "fraud", "10") == right(5)
+        assert table.target("fraud") is target
+        assert table.target("fraud", "2").model is None
         await repository.unload("fraud")
-        assert target.model is None and repository.versions("fraud") == []
-        assert states(repository)["fraud@11"] == "UNAVAILABLE" and reason(repository, "fraud@11") == "unloaded"
+        assert target.model is None
+        assert repository.versions("fraud") == []
+        assert states(repository)["fraud@11"] == "UNAVAILABLE"
+        assert reason(repository, "fraud@11") == "unloaded"
         assert states(repository)["churn@1"] == "READY"
         await repository.unload("fraud")
         await repository.load("fraud")
-        assert score(repository, "fraud") == right(6) and table.target("fraud") is target
+        assert score(repository, "fraud") == right(6)
+        assert table.target("fraud") is target
 
     serving(root, test, control="explicit", names=["churn", "fraud"])
 
@@ -175,15 +183,17 @@ def test_a_load_that_fails_keeps_what_serves(root):
         first = repository.model("fraud", "10")
         for content in ("", "tree\nbroken", trained(5)[:900]):
             put(root, "fraud", "10", content)
-            with pytest.raises(ModelError, match="model.txt"):
+            with pytest.raises(ModelError, match=r"model\.txt"):
                 await repository.load("fraud")
             assert repository.model("fraud", "10") is first
-            assert states(repository)["fraud@10"] == "READY" and "model.txt" in reason(repository, "fraud@10")
+            assert states(repository)["fraud@10"] == "READY"
+            assert "model.txt" in reason(repository, "fraud@10")
         put(root, "fraud", "12", "nonsense")
         put(root, "fraud", "10", trained(5))
         with pytest.raises(ModelError, match="12"):
             await repository.load("fraud")
-        assert score(repository, "fraud") == right(5) and reason(repository, "fraud@10") == ""
+        assert score(repository, "fraud") == right(5)
+        assert reason(repository, "fraud@10") == ""
         assert states(repository)["fraud@12"] == "UNAVAILABLE"
 
     serving(root, test, control="poll")
@@ -209,7 +219,7 @@ def test_names_are_no_paths(root, tmp_path_factory):
         ):
             with pytest.raises(UnknownModel):
                 await repository.load(name)
-        with pytest.raises(UnknownModel, match="model new is not in .*; there are churn, fraud"):
+        with pytest.raises(UnknownModel, match=r"model new is not in .*; there are churn, fraud"):
             await repository.load("new")
         assert {row["name"] for row in repository.index()} == {"churn", "fraud"}
         for key in (
@@ -235,7 +245,8 @@ def test_files_that_come_with_a_load(root):
             "fraud", "{}", {"file:7/model.txt": trained(7).encode(), "8/model.txt": trained(8).encode()}
         )
         assert repository.versions("fraud") == ["7", "8"]
-        assert score(repository, "fraud") == right(8) and score(repository, "fraud", "7") == right(7)
+        assert score(repository, "fraud") == right(8)
+        assert score(repository, "fraud", "7") == right(7)
         await repository.load("brand_new", None, {"1/model.txt": trained(9).encode()})
         assert score(repository, "brand_new") == right(9)
         put(root, "fraud", "20", trained(1))
@@ -246,7 +257,7 @@ def test_files_that_come_with_a_load(root):
         assert repository.versions("fraud") == ["1", "2", "10", "20"]
         with pytest.raises(ModelError, match="version 1 was given two files"):
             await repository.load("fraud", None, {"1/model.txt": b"", "file:1/model.txt": b""})
-        with pytest.raises(ModelError, match="given/fraud/3/model.txt"):
+        with pytest.raises(ModelError, match=r"given/fraud/3/model\.txt"):
             await repository.load("fraud", None, {"3/model.txt": b"tree\nnonsense"})
         assert repository.versions("fraud") == []  # what came replaces the folder's; the folder can be loaded again
         await repository.load("fraud")
@@ -274,7 +285,8 @@ def test_onnx_as_the_file_has_it(root):
         await repository.load("given", None, {"3/model.onnx": model})
         for name in ("net", "given"):
             served = repository.model(name)
-            assert served.platform == "onnxruntime_onnx" and [port.name for port in served.outputs] == ["p", "q"]
+            assert served.platform == "onnxruntime_onnx"
+            assert [port.name for port in served.outputs] == ["p", "q"]
             x = np.arange(3, dtype=np.float32)
             answers = served.infer([("x", "FP32", [1, 3], x.tobytes())])
             assert np.frombuffer(answers[1][3], np.float32).tolist() == [0, -1, -2]
@@ -323,7 +335,8 @@ def test_a_version_policy(root):
         assert repository.versions("fraud") == ["2", "10"]
         assert reason(repository, "fraud@1") == "left out by version_policy"
         await repository.load("fraud", json.dumps({"version_policy": {"specific": {"versions": [1, "2"]}}}))
-        assert repository.versions("fraud") == ["1", "2"] and score(repository, "fraud") == right(2)
+        assert repository.versions("fraud") == ["1", "2"]
+        assert score(repository, "fraud") == right(2)
         await repository.load("fraud", '{"platform": "penstock_trees", "version_policy": {"all": {}}}')
         assert repository.versions("fraud") == ["1", "2", "10"]
 
@@ -368,16 +381,20 @@ def test_the_watch_follows_the_folder(root):
         await repository.look()
         assert score(repository, "fraud") == right(3)  # it may still be written
         await repository.look()
-        assert score(repository, "fraud") == right(5) and repository.versions("fraud") == ["1", "10"]
-        assert score(repository, "churn") == right(6) and repository.versions("churn") == ["1", "3"]
+        assert score(repository, "fraud") == right(5)
+        assert repository.versions("fraud") == ["1", "10"]
+        assert score(repository, "churn") == right(6)
+        assert repository.versions("churn") == ["1", "3"]
         assert score(repository, "third") == right(7)
         shutil.rmtree(root / "churn")
         target = repository.table.target("churn")
         await repository.look()
-        assert target.model is None and "churn@1" not in states(repository)
+        assert target.model is None
+        assert "churn@1" not in states(repository)
         put(root, "churn", "1", trained(8))
         await settled(repository)
-        assert score(repository, "churn") == right(8) and repository.table.target("churn") is target
+        assert score(repository, "churn") == right(8)
+        assert repository.table.target("churn") is target
         await repository.unload("churn")
         put(root, "churn", "1", trained(9))
         await settled(repository)
@@ -411,10 +428,12 @@ def test_a_broken_file_in_a_watched_folder(root):
         put(root, "fraud", "10", "tree\nbroken")
         await settled(repository)
         assert score(repository, "fraud") == right(3)
-        assert "model.txt" in reason(repository, "fraud@10") and len(repository.warnings) == 1
+        assert "model.txt" in reason(repository, "fraud@10")
+        assert len(repository.warnings) == 1
         put(root, "fraud", "10", trained(5))
         await settled(repository)
-        assert score(repository, "fraud") == right(5) and reason(repository, "fraud@10") == ""
+        assert score(repository, "fraud") == right(5)
+        assert reason(repository, "fraud@10") == ""
 
     serving(root, test, control="poll")
 
@@ -424,7 +443,8 @@ def test_the_folder_vanishes_and_comes_back(root):
         away = root.with_name("away")
         root.rename(away)
         await settled(repository)
-        assert score(repository, "fraud") == right(3) and "not there" in repository.warnings[0]
+        assert score(repository, "fraud") == right(3)
+        assert "not there" in repository.warnings[0]
         away.rename(root)
         put(root, "fraud", "10", trained(5))
         await settled(repository)

@@ -86,8 +86,11 @@ class Deployment:
 
 
 class Worker:
-    """One thread for what would hold up the loop: waiting for the loader, building, freeing. It has the loop's priority,
-    or the loop would wait for a GIL whose holder gives way to other processes; what is long runs in threads of less."""
+    """One thread for what would hold up the loop: waiting for the loader, building, freeing.
+
+    It has the loop's own priority, or the loop would wait for a GIL whose holder gives way to other processes; what is
+    long runs in threads of less.
+    """
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]] | None] = (

@@ -146,6 +146,11 @@ class ModelRepository:
         target = self.table.target(name, version)
         return None if target is None else target.model
 
+    def version_policy(self, name: str) -> dict[str, Any]:
+        """Which versions serve, as Triton's configuration says it; what a load asked for, else all."""
+        model = self._models.get(name)
+        return (None if model is None else model.config.version_policy) or {"all": {}}
+
     # changing it
 
     def start(self) -> None:
