@@ -183,6 +183,67 @@ def test_trap_10_load_answers_an_empty_object_and_models_are_listed(oip):
     assert oip.get("/v2/models").json == {"models": ["bf16", "fp16", "lgb", "one.string", "strings", "tree"]}
 
 
+def test_a_server_that_starts_or_stops_is_not_ready(wire):
+    from types import SimpleNamespace
+
+    from penstock.server.config import ServerConfig
+    from penstock.server.oip import OipRoutes
+    from penstock.server.routes import build_server
+
+    nothing = SimpleNamespace(
+        table=SimpleNamespace(target=lambda name, version="": None),
+        index=lambda ready=False: [],
+        model=lambda name, version="": None,
+        versions=lambda name: [],
+        control="none",
+    )
+    served = wire.Served()
+    served.server = build_server(served.engine, ServerConfig(), served.state, flow=served.flow, oip=OipRoutes(nothing))
+    with served:
+        assert served.get("/v2/health/ready").json == {"live": True, "ready": True}
+        assert served.get("/v2/models").json == {"models": []}
+        assert served.get("/v2/models/any").json == {"error": "no model 'any'; have none"}
+        served.state["ready"] = False
+        answer = served.get("/v2/health/ready")
+        assert answer.status == 503
+        assert "retry-after" in answer.fields
+        assert answer.json == {"error": "the server is starting"}
+        assert served.get("/v2/health/live").json == {"live": True, "ready": False}
+        served.state["ready"] = True
+        served.server.draining = True
+        assert served.get("/v2/health/ready").json == {"error": "the server is stopping"}
+        served.server.draining = False
+        answer = served.post("/v2/repository/models/any/load", {})
+        assert answer.status == 501
+        assert "--models-control" in answer.json["error"]
+
+
+def test_a_load_can_choose_versions_and_bring_files(oip):
+    tree = (oip.folder / "tree" / "1" / "model.json").read_bytes()
+    only_1 = json.dumps({"version_policy": {"specific": {"versions": [1]}}})
+    with oip.triton() as client:
+        try:
+            client.load_model("tree", config=only_1)
+            assert client.get_model_config("tree")["version_policy"] == {"specific": {"versions": [1]}}
+            assert client.get_model_metadata("tree")["versions"] == ["1"]
+            assert not client.is_model_ready("tree", "2")
+            answer = client.infer("tree", [tensor("input", ROWS, "FP32")])
+            np.testing.assert_array_equal(answer.as_numpy("score").reshape(-1), oip.score(ROWS, "tree@1"))
+        finally:
+            client.load_model("tree")
+        assert client.get_model_metadata("tree")["versions"] == ["1", "2"]
+        client.load_model("given", config="{}", files={"file:7/model.json": tree})
+        answer = client.infer("given", [tensor("input", ROWS, "FP32")], model_version="7")
+        np.testing.assert_array_equal(answer.as_numpy("score").reshape(-1), oip.score(ROWS, "tree@1"))
+        with pytest.raises(InferenceServerException) as refused:
+            client.load_model("given", config="{}", files={"file:7/model.json": b"not a model"})
+        assert refused.value.status() == "400"
+        client.infer("given", [tensor("input", ROWS, "FP32")], model_version="7")
+        client.unload_model("given")
+        assert not client.is_model_ready("given")
+    assert not (oip.folder / "given").exists()
+
+
 # Triton's client.
 
 
@@ -586,7 +647,8 @@ def test_the_servers_own_paths_stay(oip):
     for name in ("tree", "lgb"):
         for path in ("", "/ready", "/versions/1", "/versions/1/ready"):
             oip.get(f"/v2/models/{name}{path}")
-    rows = [line.split(" ")[0] for line in oip.get("/metrics").body.decode().splitlines() if line[0] != "#"]
+    lines = oip.get("/metrics").body.decode().splitlines()
+    rows = [line.split(" ")[0] for line in lines if line.strip() and line[0] != "#"]
     assert len(rows) == len(set(rows))
     assert 'penstock_http_requests_total{route="infer/tree",code="200"}' in rows
 

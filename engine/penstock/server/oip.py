@@ -55,7 +55,8 @@ class LoadRequest(msgspec.Struct):
 class OipRoutes:
     """The routes of the protocol under /v2, and what they tell, as plain values (gRPC answers with the same).
 
-    fixed: path -> Route. `resolve(path)` gives the Route of a path that names a model, None where there is nothing.
+    fixed: path -> Route. `resolve(path)` gives the Route of a path that names a model, None where there is nothing. A
+    model named "stats" is reached by its version only: v2/models/stats are the statistics of all, as in Triton.
     not_ready: why the server is not ready, or None.
     """
 
@@ -180,7 +181,8 @@ class OipRoutes:
         """Triton's ModelConfig."""
         model = self.model(name, version)
         target = self.repository.table.target(name, version)
-        return model_config(model, None if target is None else target.lane, self.instances)
+        lane = None if target is None else target.lane
+        return model_config(model, lane, self.repository.version_policy(name), self.instances)
 
     def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
         """Triton's cumulative counters: of one version, of a model's loaded versions, or of everything loaded."""
@@ -285,7 +287,7 @@ class OipRoutes:
         return ""
 
 
-def model_config(model: Any, lane: Any, instances: int = 1) -> dict[str, Any]:
+def model_config(model: Any, lane: Any, version_policy: dict[str, Any], instances: int = 1) -> dict[str, Any]:
     """Triton's ModelConfig of a ServedModel: dims are without the batch dimension, where the model has one."""
     ports = [*model.inputs, *model.outputs]
     batched = model.batched and all(port.shape[:1] == (-1,) for port in ports)
@@ -299,7 +301,7 @@ def model_config(model: Any, lane: Any, instances: int = 1) -> dict[str, Any]:
         "name": model.name,
         "platform": model.platform,
         "backend": model.platform.partition("_")[0],
-        "version_policy": {"all": {}},
+        "version_policy": version_policy,
         "max_batch_size": (rows or 1) if batched else 0,
         "input": [_dims(port, batched) for port in model.inputs],
         "output": [_dims(port, batched) for port in model.outputs],
