@@ -531,6 +531,7 @@ cdef class InferCall:
         cdef Request request
         cdef const char *at = body
         cdef const char *p
+        cdef const char *start = NULL
         cdef size_t header = n
         cdef size_t length
         cdef uint64_t hash
@@ -547,11 +548,13 @@ cdef class InferCall:
                 return call
             header = header_length
         # An id that stands first is told apart from the rest, which then is the same from request to request.
-        if header > 9 and memcmp(body, b'{"id":"', 7) == 0:
-            p = body + 7
+        if header > 10 and memcmp(body, b'{"id":', 6) == 0:
+            p = body + 6 + (body[6] == c" ")
+            start = p + 1
+            p = start if p[0] == c'"' else body + header - 2
             while p < body + header - 2 and 32 <= p[0] < 127 and p[0] != c'"' and p[0] != c'\\':
                 p += 1
-            if p[0] == c'"' and p[1] == c',':
+            if p[0] == c'"' and p[1] == c',' and p < body + header - 2:
                 opened = True
                 at = p + 2
         length = body + header - at
@@ -583,8 +586,8 @@ cdef class InferCall:
             else:
                 call.data[i] = body + header + request.c.inputs[i].at
         if opened:
-            call.id = body + 7
-            call.id_n = at - 2 - call.id
+            call.id = start
+            call.id_n = at - 2 - start
         else:
             call.id = request.c.id
             call.id_n = request.c.id_n
