@@ -14,6 +14,12 @@ cdef class LoopLag:
         object loop
         object also
         uint64_t buckets[N_LAGS]
+        uint64_t held[N_LAGS]     # the same less the wait for a processor
+        readonly int64_t held_ns
+        int schedstat
+        int64_t waited            # for a processor, up to the last tick
         readonly uint64_t ticks
         readonly int64_t total_ns
         readonly int64_t longest_ns
+
+    cdef int64_t processor_wait(self) noexcept nogil

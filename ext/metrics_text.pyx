@@ -395,27 +395,35 @@ cdef class Decisions(Part):
 
 @cython.final
 cdef class Lag(Part):
-    """The histogram of the loop's lateness."""
+    """The histograms of the loop's lateness."""
     cdef LoopLag lag
     cdef list before
 
     def __init__(self, LoopLag lag):
-        name = "penstock_loop_lag_seconds"
         self.lag = lag
-        self.before = [sample(name + "_bucket", labels(le=bound)) for bound in bounds(LAGS)]
-        self.before[0] = head(name, "histogram", "How late the loop serves what is ready.") + self.before[0]
-        self.before += [sample(name + "_sum", ""), sample(name + "_count", "")]
+        self.before = []
+        for name, about in (
+            ("penstock_loop_lag_seconds", "How late the loop serves what is ready."),
+            ("penstock_loop_held_seconds", "The same without the wait for a processor: what the loop itself was held."),
+        ):
+            lines = [sample(name + "_bucket", labels(le=bound)) for bound in bounds(LAGS)]
+            lines[0] = head(name, "histogram", about) + lines[0]
+            self.before += lines + [sample(name + "_sum", ""), sample(name + "_count", "")]
 
     cdef int write(self, Text text) except -1:
+        self.histogram(text, 0, self.lag.buckets, self.lag.total_ns)
+        return self.histogram(text, N_LAGS + 2, self.lag.held, self.lag.held_ns)
+
+    cdef int histogram(self, Text text, int first, const uint64_t *buckets, int64_t sum_ns) except -1:
         cdef int i
         cdef uint64_t total = 0
         for i in range(N_LAGS):
-            total += self.lag.buckets[i]
-            text.line(<bytes>self.before[i], total)
-        text.put(<bytes>self.before[N_LAGS])
-        text.nanoseconds(self.lag.total_ns)
+            total += buckets[i]
+            text.line(<bytes>self.before[first + i], total)
+        text.put(<bytes>self.before[first + N_LAGS])
+        text.nanoseconds(sum_ns)
         end_line(text)
-        return text.line(<bytes>self.before[N_LAGS + 1], total)
+        return text.line(<bytes>self.before[first + N_LAGS + 1], total)
 
 
 cdef void add_lane(LaneSums *sums, Lane lane) noexcept:

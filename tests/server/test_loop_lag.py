@@ -56,6 +56,48 @@ def test_a_hold_is_as_many_late_expiries_as_it_swallowed():
     assert over >= 28  # 30 of 40, as the first of them may fall before the hold
 
 
+@pytest.mark.parametrize("how", ["works", "waits"])
+def test_what_holds_the_loop_is_held_and_what_others_take_is_not(how):
+    """The loop's own work is held time; a processor that others have is not (where two share one)."""
+    import os
+    import subprocess
+
+    async def work():
+        lag = LoopLag(0.002)
+        lag.start(asyncio.get_running_loop())
+        await asyncio.sleep(0.05)
+        before, held = lag.counters(), lag.held_counters()
+        until = time.thread_time() + 0.08
+        for _ in range(1 if how == "works" else 8):
+            # "waits": 10 ms of work at a time, beside a process that wants the same processor all the time
+            step = until if how == "works" else time.thread_time() + 0.01
+            while time.thread_time() < step:
+                pass
+            await asyncio.sleep(0.004)
+        lag.stop()
+        after, held_after = lag.counters(), lag.held_counters()
+        over = sum(b - a for a, b, bound in zip(before, after, [*LAGS, 9.0]) if bound > 2e-3)
+        return over, sum(b - a for a, b, bound in zip(held, held_after, [*LAGS, 9.0]) if bound > 2e-3)
+
+    cores = os.sched_getaffinity(0)
+    busy = None
+    try:
+        if how == "waits":
+            os.sched_setaffinity(0, {max(cores)})
+            busy = subprocess.Popen(["sh", "-c", "while :; do :; done"])
+        late, held = run(work)
+    finally:
+        os.sched_setaffinity(0, cores)
+        if busy is not None:
+            busy.kill()
+            busy.wait()
+    assert late >= 25
+    if how == "works":
+        assert held >= 20
+    else:
+        assert held <= 0.8 * late
+
+
 def test_a_tick_leaves_nothing_for_the_collector():
     async def work():
         lag = LoopLag(0.001)
