@@ -18,11 +18,14 @@ TREE_INPUTS = 3
 
 
 def make_models(folder: Path) -> dict[str, Any]:
-    """tree 1 and 2 (XGBoost), lgb 1 (LightGBM), onnxtree 1, and identities of FP16, BF16 and strings. -> boosters."""
+    """tree 1 and 2 (XGBoost), lgb (LightGBM), forest (ONNX), identities of FP16, BF16 and strings. -> the trees."""
     import lightgbm
     import onnx
+    import onnxruntime
     import xgboost
     from onnx import TensorProto, helper
+    from skl2onnx import to_onnx
+    from sklearn.ensemble import RandomForestRegressor
 
     rng = np.random.default_rng(7)
     x = rng.normal(size=(300, TREE_INPUTS)).astype(np.float32)
@@ -39,6 +42,11 @@ def make_models(folder: Path) -> dict[str, Any]:
     )
     gbm.save_model(_place(folder, "lgb", "1") / "model.txt")
     oracles["lgb@1"] = gbm
+    forest = RandomForestRegressor(5, max_depth=4, random_state=1).fit(x, y)
+    converted = to_onnx(forest, x[:1], target_opset={"": 14, "ai.onnx.ml": 3})
+    path = _place(folder, "forest", "1") / "model.onnx"
+    onnx.save(converted, path)
+    oracles["forest@1"] = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for name, kind, shape in (
         ("fp16", TensorProto.FLOAT16, ["rows", 2]),
         ("bf16", TensorProto.BFLOAT16, ["rows", 2]),

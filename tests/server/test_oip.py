@@ -50,7 +50,7 @@ class Oip:
         )
         self.url = self.process.url
         with self.triton() as client:
-            for name in ("tree", "lgb", "fp16", "bf16", "strings", "one.string"):
+            for name in ("tree", "lgb", "forest", "fp16", "bf16", "strings", "one.string"):
                 client.load_model(name)
 
     def triton(self, **more):
@@ -180,7 +180,7 @@ def test_trap_9_versions_are_served_and_unknown_ones_are_404(oip):
 def test_trap_10_load_answers_an_empty_object_and_models_are_listed(oip):
     answer = oip.post("/v2/repository/models/tree/load")
     assert (answer.status, answer.json) == (200, {})
-    assert oip.get("/v2/models").json == {"models": ["bf16", "fp16", "lgb", "one.string", "strings", "tree"]}
+    assert oip.get("/v2/models").json == {"models": ["bf16", "forest", "fp16", "lgb", "one.string", "strings", "tree"]}
 
 
 def test_a_server_that_starts_or_stops_is_not_ready(wire):
@@ -302,6 +302,17 @@ def test_triton_client_infers_in_doubles(oip):
     with oip.triton() as client:
         answer = client.infer("lgb", [tensor("input", rows, "FP64")])
         np.testing.assert_array_equal(answer.as_numpy("score").reshape(-1), oip.score(rows, "lgb@1"))
+
+
+def test_triton_client_infers_with_trees_in_onnx(oip):
+    session = oip.oracles["forest@1"]
+    with oip.triton() as client:
+        metadata = client.get_model_metadata("forest")
+        assert metadata["platform"] == "penstock_trees"
+        (port,), (output,) = metadata["inputs"], metadata["outputs"]
+        assert (port["name"], output["name"]) == (session.get_inputs()[0].name, session.get_outputs()[0].name)
+        got = client.infer("forest", [tensor(port["name"], ROWS, "FP32")]).as_numpy(output["name"])
+    np.testing.assert_array_equal(got, session.run(None, {port["name"]: ROWS})[0])
 
 
 @pytest.mark.parametrize("binary", [True, False])
