@@ -1,12 +1,11 @@
 """HTTP/1.1 on uvloop: routes, what connections share, and the protocol."""
 
-from asyncio import Protocol
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypedDict
 
 from .flow import Flow, Lane
 from .infer import Target
-from .log import EventLog
+from .wire import WireConnection, WireServer
 
 Handler = Callable[[str, bytes], tuple[int, bytes, bytes]]
 AsyncHandler = Callable[[str, bytes], Awaitable[tuple[int, bytes, bytes]]]
@@ -61,12 +60,11 @@ class Route:
     ) -> None: ...
     def counters(self) -> RouteCounters: ...
 
-class HttpServer:
+class HttpServer(WireServer):
     """What the connections of one server share. Called without arguments it makes the protocol of a new connection."""
 
-    draining: bool
-    event_log: EventLog | None
     reuse_heads: bool
+    after_tick: Callable[[], object] | None
     trace: Callable[[str, str, str, list[tuple[str, int]]], object] | None
     def __init__(
         self,
@@ -94,14 +92,6 @@ class HttpServer:
     @property
     def max_fields(self) -> int: ...
     @property
-    def max_connections(self) -> int: ...
-    @property
-    def open_connections(self) -> int: ...
-    @property
-    def accepted(self) -> int: ...
-    @property
-    def refused(self) -> int: ...
-    @property
     def head_hits(self) -> int: ...
     @property
     def head_misses(self) -> int: ...
@@ -109,11 +99,9 @@ class HttpServer:
     def error_counts(self) -> dict[str, int]: ...
     def all_routes(self) -> list[Route]: ...
     def tell_date(self) -> None: ...
-    def sweep(self) -> None: ...
-    def close_idle(self, force: bool = False) -> int: ...
     def forget(self, prefix: str = "/") -> None: ...
 
-class Connection(Protocol):
+class Connection(WireConnection):
     """The protocol of one connection, as uvloop calls it."""
 
     def __init__(self, server: HttpServer) -> None: ...

@@ -144,7 +144,7 @@ def load_config(
 
 
 def parse_flags(arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """(app or None, settings given as flags) of a `penstock serve` command line; argparse prints help and errors itself."""
+    """(app or None, settings given as flags) of `penstock serve`; argparse prints help and errors itself."""
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -153,7 +153,9 @@ def parse_flags(arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "app", nargs="?", help="a Python file or module with the app's definitions; without one only --models are served"
+        "app",
+        nargs="?",
+        help="a Python file or module with the app's definitions; without one, only --models",
     )
     for field, hint in zip(
         msgspec.structs.fields(ServerConfig), typing.get_type_hints(ServerConfig, include_extras=True).values()

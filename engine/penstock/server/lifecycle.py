@@ -1,8 +1,9 @@
 """Start and stop of the server (control path).
 
 Start: take the ports, load engine and models, freeze what the garbage collector would walk, then accept (the kernel
-queues who comes earlier). Stop (SIGTERM or SIGINT): accept no more connections, answer what was accepted with `Connection: close`,
-exit 0; a second signal stops at once. What must stay true: a request that arrived before the signal is answered.
+queues who comes earlier). Stop (SIGTERM or SIGINT): accept no more connections, answer what was accepted with
+`Connection: close`, exit 0; a second signal stops at once. What must stay true: a request that arrived before the
+signal is answered.
 """
 
 from __future__ import annotations
