@@ -340,9 +340,9 @@ def build(compiled: Compiled, memory: Any, name: str) -> Runtime:
             model = TreeModel(memory, nice=NICE)
         except (ValueError, OverflowError) as error:
             raise ModelError(f"model {name}: {compiled.path}: {error}") from None
-        runtime = TreeRuntime(model, None if compiled.inputs is None else tuple(compiled.inputs))
-        runtime.ports = compiled.ports
-        return runtime
+        trees = TreeRuntime(model, None if compiled.inputs is None else tuple(compiled.inputs))
+        trees.ports = compiled.ports
+        return trees
     from .onnx_runtime import OnnxRuntime, OnnxSource
 
     source = OnnxSource(memory, compiled.output, compiled.shown, compiled.folder)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["CONTROLS", "ModelRepository", "UnknownModel"]
 
 CONTROLS = ("none", "explicit", "poll")
+FEW = 8  # models at the start that are not worth another child
+MOST_STARTERS = 4
 PERIOD = 2.0  # seconds between two looks of a watch
 RETRY_FIRST, RETRY_MOST = 10.0, 640.0  # seconds until a version that failed is tried again by the watch
 
@@ -61,7 +65,7 @@ class _Version:
 class _Model:
     """One model of the repository."""
 
-    __slots__ = ("config", "given", "lock", "name", "retry_at", "retry_in", "state", "unloaded", "versions")
+    __slots__ = ("config", "given", "lock", "name", "retry_at", "retry_in", "rows", "state", "unloaded", "versions")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -72,6 +76,7 @@ class _Model:
         self.given = False  # its files came with the load
         self.config = _Config()
         self.retry_at, self.retry_in = 0.0, RETRY_FIRST
+        self.rows: list[dict[str, str]] | None = None  # of the index, until something changes
 
 
 class ModelRepository:
@@ -111,6 +116,7 @@ class ModelRepository:
         self._serve = serve
         self._models: dict[str, _Model] = {}
         self._rows: dict[bool, list[dict[str, str]]] = {}
+        self._names: list[str] | None = None
         self._closed = False
 
     # what there is
@@ -119,7 +125,12 @@ class ModelRepository:
         """A row per version: name, version, state (READY UNAVAILABLE LOADING UNLOADING), reason."""
         rows = self._rows.get(ready)
         if rows is None:
-            rows = [row for name in sorted(self._models) for row in self._rows_of(self._models[name])]
+            if self._names is None:
+                self._names = sorted(self._models)
+            rows = []
+            for name in self._names:
+                model = self._models[name]
+                rows += model.rows if model.rows is not None else self._rows_of(model)
             if ready:
                 rows = [row for row in rows if row["state"] == "READY"]
             self._rows[ready] = rows
@@ -135,7 +146,15 @@ class ModelRepository:
                 state = model.state or "UNAVAILABLE"
             reason = entry.reason or ("" if state != "UNAVAILABLE" else "unloaded" if model.unloaded else "not loaded")
             rows.append({"name": model.name, "version": version, "state": state, "reason": reason})
+        model.rows = rows
         return rows
+
+    def _touch(self, model: _Model) -> None:
+        """The index says something else of a model."""
+        model.rows = None
+        self._rows.clear()
+        if self._names is not None and (len(self._names) != len(self._models) or model.name not in self._models):
+            self._names = None
 
     def versions(self, name: str) -> list[str]:
         """Versions of a model that serve, oldest first."""
@@ -160,13 +179,39 @@ class ModelRepository:
         wanted = None if self.control != "explicit" else set(self.names or ())
         for missing in sorted((wanted or set()) - {model.name for model in found}):
             raise UnknownModel(f"model {missing} is not in {self.root}; {_there_is(found)}")
+        tasks: list[tuple[_Model, FoundModel, list[FoundVersion]]] = []
         for one in found:
             model = self._of(one.name)
             if wanted is not None and one.name not in wanted:
                 self._note(model, one)
-                continue
-            made, problems = self._make_all(model, self._wanted(model, one))
-            self._swap(model, [v.version for v in one.versions], made, problems)
+            else:
+                tasks.append((model, one, self._wanted(model, one)))
+        with _Starter(self.loader, sum(len(versions) for _, _, versions in tasks)) as starter:
+            running = [
+                [(v, starter.submit(self._make, model, v, None)) for v in versions] for model, _, versions in tasks
+            ]
+            for (model, one, _), results in zip(tasks, running):
+                made: dict[str, tuple[Any, Compiled]] = {}
+                problems: dict[str, tuple[FoundVersion, str]] = {}
+                for version, result in results:
+                    try:
+                        made[version.version] = result.result()
+                    except ModelError as error:
+                        problems[version.version] = version, str(error)
+                self._swap(model, [v.version for v in one.versions], made, problems)
+        if self.pipelines is not None and self.control != "none":
+            for one in found:
+                self._bring_pipelines(self.pipelines, one)  # an alias may have moved since the engine was made
+        self.index()  # the first takes a while
+
+    def _bring_pipelines(self, pipelines: PipelineModels, found: FoundModel) -> None:
+        """As _swap_pipelines(), before anything serves."""
+        try:
+            for change in pipelines.changes(found):
+                self.table.version += 1
+                pipelines.swap(pipelines.prepare(change), self.table.version)
+        except ModelError as error:
+            self._warn(str(error))
 
     async def load(self, name: str, config: str | None = None, files: Mapping[str, bytes] | None = None) -> None:
         """Load a model, or load it anew: versions whose files are the same stay as they are.
@@ -189,9 +234,11 @@ class ModelRepository:
             if found.gone:
                 if not model.versions:
                     self._models.pop(name, None)
+                    self._touch(model)
                 known = ", ".join(sorted(self._models)[:20])
                 raise UnknownModel(f"model {name} is not in {self.root}; there are {known or 'none'}")
             self._models[name] = model
+            self._touch(model)
             if config is not None:
                 model.config = settings
             elif given is None:
@@ -220,9 +267,9 @@ class ModelRepository:
     async def watch(self, period: float = PERIOD) -> None:
         """Look at the folder again and again, and load, reload and unload what changed; until cancelled or closed.
 
-        A file that changes is loaded once it has been the same for a whole period.
+        A file that changes is loaded once it has been the same for a whole period. Only with control "poll".
         """
-        while not self._closed:
+        while not self._closed and self.control == "poll":
             await asyncio.sleep(period)
             await self.look()
 
@@ -274,6 +321,7 @@ class ModelRepository:
         model = self._models.get(name)
         if model is None:
             model = self._models[name] = _Model(name)
+            self._touch(model)
         return model
 
     def _warn(self, text: str) -> None:
@@ -285,7 +333,7 @@ class ModelRepository:
         for one in found.versions:
             model.versions.setdefault(one.version, _Version())
         self.table.add(model.name, model.versions)
-        self._rows.clear()
+        self._touch(model)
 
     async def _changed(self, found: FoundModel) -> None:
         """What the watch saw of one model."""
@@ -298,7 +346,7 @@ class ModelRepository:
             elif found.gone:
                 self._swap(model, [], {}, {})
                 self._models.pop(found.name, None)
-                self._rows.clear()
+                self._touch(model)
             elif not model.unloaded:
                 for problem in await self._bring(model, found, None):
                     self._warn(problem)
@@ -316,7 +364,7 @@ class ModelRepository:
             for one in wanted:
                 model.versions.setdefault(one.version, _Version())
             self.table.add(model.name, (one.version for one in wanted))
-            self._rows.clear()
+            self._touch(model)
         try:
             for one in wanted:
                 try:
@@ -327,7 +375,7 @@ class ModelRepository:
                     problems[one.version] = one, str(error)
         finally:
             model.state = ""
-            self._rows.clear()
+            self._touch(model)
         self._swap(model, [one.version for one in found.versions], made, problems)
         return [text for _, text in problems.values()]
 
@@ -345,22 +393,14 @@ class ModelRepository:
             wanted.append(one)
         return wanted
 
-    def _make_all(self, model: _Model, wanted: list[FoundVersion]) -> tuple[dict[str, Any], dict[str, Any]]:
-        made: dict[str, tuple[Any, Compiled]] = {}
-        problems: dict[str, tuple[FoundVersion, str]] = {}
-        for one in wanted:
-            try:
-                made[one.version] = self._make(model, one, None)
-            except ModelError as error:
-                problems[one.version] = one, str(error)
-        return made, problems
-
-    def _make(self, model: _Model, one: FoundVersion, content: bytes | None) -> tuple[Any, Compiled]:
-        """A ServedModel; in the worker's thread."""
+    def _make(
+        self, model: _Model, one: FoundVersion, content: bytes | None, loader: Loader | None = None
+    ) -> tuple[Any, Compiled]:
+        """A ServedModel; in the worker's thread, or at the start in one of several."""
         ref = f"{model.name}@{one.version}"
         if one.problem:
             raise ModelError(one.problem)
-        compiled, memory = self.loader.compile(one.path, ref, content=content, whole=True)
+        compiled, memory = (loader or self.loader).compile(one.path, ref, content=content, whole=True)
         _give_way()
         try:
             _check_config(model.config, compiled, ref)
@@ -407,7 +447,7 @@ class ModelRepository:
         self.table.add(model.name, model.versions)
         for old in self.table.put(model.name, serving):
             self.worker.retire(old, int(getattr(old, "nbytes", 0) or 0))
-        self._rows.clear()
+        self._touch(model)
         self.longest_hold_ns = max(self.longest_hold_ns, time.perf_counter_ns() - began)
 
     async def _swap_pipelines(self, found: FoundModel) -> list[str]:
@@ -429,6 +469,36 @@ class ModelRepository:
             except ModelError as error:
                 problems.append(str(error))
         return problems
+
+
+class _Starter:
+    """Several loaders at the start, while nothing serves: a thread and a child each."""
+
+    def __init__(self, first: Loader, tasks: int) -> None:
+        n = max(1, min(tasks // FEW, os.cpu_count() or 1, MOST_STARTERS))
+        self._others = [Loader() for _ in range(n - 1)]
+        self._free: queue.SimpleQueue[Loader] = queue.SimpleQueue()
+        for loader in [first, *self._others]:
+            self._free.put(loader)
+        self._pool = ThreadPoolExecutor(n)
+
+    def submit(self, make: Callable[..., Any], *given: Any) -> Future[Any]:
+        def run() -> Any:
+            loader = self._free.get()
+            try:
+                return make(*given, loader)
+            finally:
+                self._free.put(loader)
+
+        return self._pool.submit(run)
+
+    def __enter__(self) -> _Starter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for loader in self._others:
+            loader.stop()
 
 
 def _give_way() -> None:
@@ -483,7 +553,7 @@ def _read_config(name: str, config: str | None) -> _Config:
             good = isinstance(count, int) and not isinstance(count, bool) and count >= 1
             good = good and set(inner) <= {"num_versions"}
         elif good and kind == "specific":
-            chosen = inner.get("versions")
+            chosen: Any = inner.get("versions")
             good = isinstance(chosen, list) and bool(chosen) and set(inner) <= {"versions"}
             good = good and all(isinstance(v, (int, str)) and is_version(str(v)) for v in chosen)
         else:
