@@ -79,6 +79,7 @@ class ServerProcess:
             cwd=cwd,
             env=environment | {"PYTHONUNBUFFERED": "1"},
         )
+        self.folder = cwd
         self.lines: list[str] = []
         self.port = 0
         self._up = threading.Event()

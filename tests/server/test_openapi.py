@@ -74,6 +74,7 @@ def _run(server, *arguments):
         capture_output=True,
         text=True,
         timeout=280,
+        cwd=server.folder,  # it leaves its cache there
         env=os.environ | {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(HERE)},
     )
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2000:]
