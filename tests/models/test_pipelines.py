@@ -375,3 +375,60 @@ def test_nothing_but_the_folder_is_needed_to_embed(root):
     engine = Engine(app_of(), models=root, clock="event")
     assert engine.running(0).models[0][:2] == ("fraud", "1")
     assert os.listdir(root) == ["fraud"]
+
+
+def test_an_alias_that_moved_before_the_repository_started(root):
+    engine = Engine(app_of(), models=root, clock="event")
+    set_alias(root, "fraud", "live", "2")
+
+    async def test(repository):
+        assert engine.score(event(1)).score == alone(root, "fraud@2", 1).score
+
+    serving(engine, root, test)
+
+
+def test_a_pipeline_keeps_its_model_when_it_is_unloaded_or_its_folder_goes(root):
+    """A pipeline is not served under the model's name: it keeps what it runs until there is something else."""
+    engine = Engine(app_of(), models=root, clock="event")
+
+    async def test(repository):
+        before = engine.score(event(1), ingest=False)
+        await repository.unload("fraud")
+        (root / "fraud").rename(root / ".fraud")
+        await settled(repository)
+        after = engine.score(event(1), ingest=False)
+        assert (after.score, after.model_version) == (before.score, "1")
+        (root / ".fraud").rename(root / "fraud")
+        set_alias(root, "fraud", "live", "2")
+        await settled(repository)
+        assert engine.score(event(1), ingest=False).model_version == "2"
+
+    serving(engine, root, test)
+
+
+def test_models_that_are_swapped_while_the_log_rolls_and_is_read_again(root, tmp_path):
+    """Many swaps, small segments: every score record names the model whose score it holds."""
+    options = LogOptions(keeper=False, segment_bytes=256 << 10)
+    log = tmp_path / "log"
+    right = {(v, i): alone(root, f"fraud@{v}", i).score for v in "12" for i in range(20)}
+
+    async def test(repository):
+        for n in range(25):
+            set_alias(root, "fraud", "live", "12"[(n + 1) % 2])
+            await repository.load("fraud")
+            for i in range(20 if n % 3 else 0):
+                decision = engine.score(event(i))
+                assert decision.score == right[decision.model_version, i]
+
+    with Engine(app_of(), models=root, clock="event", log=log, log_options=options) as engine:
+        serving(engine, root, test)
+        written = engine.core.next_sequence
+    for version in "12":
+        set_alias(root, "fraud", "live", version)
+        report = parity(app_of(), log, models=root)
+        (pipeline,) = report.pipelines
+        assert report.ok
+        assert pipeline.scores == written
+        assert pipeline.decisions.compared == pipeline.decisions.equal == written - pipeline.other_plans > 0
+    with Engine(app_of(), models=root, clock="event", log=log, log_options=options) as engine:
+        assert (engine.recovery.events, engine.recovery.damages) == (written, [])
