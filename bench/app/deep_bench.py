@@ -1,6 +1,6 @@
 """The app of the overload row: the fraud app's event and features, decided by a perceptron that takes over 200 us."""
 
-from penstock import Aggregation, Event, FeatureView, Pipeline, Rule, Timestamp, on_demand_feature_view
+from penstock import Aggregation, Event, FeatureView, Model, Pipeline, Rule, Timestamp, on_demand_feature_view
 
 
 class Transaction(Event):
@@ -49,10 +49,17 @@ def night(at: Timestamp) -> bool:
     return at.hour <= 6
 
 
+# The file names no features: they are told here, in the order of the columns.
+INPUTS = [
+    *("amount", "weekend", "night"),
+    *(f"spend.{f}_{w}" for f in ("count", "mean_amount") for w in WINDOWS),
+    *(f"terminal_risk.{f}_{w}" for f in ("count", "mean_fraud") for w in WINDOWS),
+]
+
 fraud = Pipeline(
     "fraud",
     event=Transaction,
     features=["amount", weekend, night, spend, terminal_risk],
-    model="fraud_deep@1",
+    model=Model("fraud_deep@1", inputs=INPUTS),
     rules=[Rule("sure", when="score > 0.9", action="decline", reason="the model is sure")],
 )

@@ -665,12 +665,6 @@ static int64_t backlog_pop(void) {
 
 static void dispatch(int64_t now) {
     static uint32_t turn;
-    while (backlog_count && now - backlog[backlog_head] > patience) {
-        int64_t due = backlog_pop();
-        if (!in_window(due)) continue;
-        unsent++;
-        record(&latency, now - due);
-    }
     for (uint32_t tried = 0; backlog_count && tried < n_connections; tried++) {
         connection *c = &connections[turn];
         turn = turn + 1 == n_connections ? 0 : turn + 1;
@@ -681,6 +675,13 @@ static void dispatch(int64_t now) {
             queue_request(c, due, now);
         }
         flush_out(c, now);
+    }
+    /* Only what found no connection is given up: that this program itself came late is not the server's. */
+    while (backlog_count && now - backlog[backlog_head] > patience) {
+        int64_t due = backlog_pop();
+        if (!in_window(due)) continue;
+        unsent++;
+        record(&latency, now - due);
     }
 }
 

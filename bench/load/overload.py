@@ -40,7 +40,7 @@ def overload(
     """The maximum in a closed loop, then `times` as much in an open one, RUNS times in turn."""
     best, runs = [], []
     for seed in range(RUNS):
-        best.append(load(duration=MAXIMUM_S, warmup=0.5, **closed)["requests_per_s"])
+        best.append(load(duration=MAXIMUM_S, warmup=0.5, allow_errors=True, **closed)["requests_per_s"])
         runs.append(
             load(
                 rate=round(times * best[-1]),
@@ -77,9 +77,9 @@ def overload(
 def slow_rows() -> list[dict[str, Any]]:
     arguments = ("--deadline", str(DEADLINE_S))
     with Ours("deep_bench.py", train.folder() / "slow", *arguments) as ours:
-        ours.load(duration=2.0, connections=16)
-        # 32 connections: the queue of a closed loop stays within the deadline, so that nothing is refused.
-        rows = overload("overload.goodput_ratio", ours, ours.load, 2.0, {"connections": 32}, 1)
+        ours.load(duration=2.0, connections=16, allow_errors=True)
+        # 16 connections: the queue of a closed loop stays well within the deadline, so that nothing is refused.
+        rows = overload("overload.goodput_ratio", ours, ours.load, 2.0, {"connections": 16}, 1)
     p99 = next(r for r in rows if r["name"].endswith("accepted_p99_ms"))
     return [*rows, row("overload.p99_of_deadline", p99["ratio"], "of deadline", COMMAND)]
 
@@ -87,7 +87,7 @@ def slow_rows() -> list[dict[str, Any]]:
 def fraud_rows() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with with_resp("fraud_bench.py", None, "--deadline", str(DEADLINE_S)) as ours:
-        ours.load(duration=6.0)
+        ours.load(duration=6.0, allow_errors=True)
         for name, load, times, closed, burst in (
             ("overload.fraud_http", ours.load, 1.2, {"connections": 64}, 1),
             ("overload.fraud_resp", ours.load_resp, 2.0, {"pipeline": DEPTH}, DEPTH),
