@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -481,5 +483,27 @@ def test_watching_is_a_task_that_ends_with_the_repository(root):
         assert score(repository, "fraud") == right(5)
         with pytest.raises(ModelError, match="closed"):
             await repository.load("fraud")
+
+    serving(root, test, control="poll")
+
+
+def test_a_version_that_failed_is_tried_again(root):
+    """The file was good: what failed was the room for it. The watch tries again, less and less often."""
+
+    async def test(repository):
+        resource.prlimit(repository.loader.pid, resource.RLIMIT_FSIZE, (100, 1 << 30))
+        put(root, "fraud", "10", trained(5))
+        await settled(repository)
+        assert score(repository, "fraud") == right(3)
+        assert "no room" in reason(repository, "fraud@10")
+        resource.prlimit(repository.loader.pid, resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
+        await repository.look()
+        assert score(repository, "fraud") == right(3)  # not yet
+        now = time.monotonic()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(time, "monotonic", lambda: now + 60)
+            await repository.look()
+        assert score(repository, "fraud") == right(5)
+        assert reason(repository, "fraud@10") == ""
 
     serving(root, test, control="poll")
