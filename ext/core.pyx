@@ -6,7 +6,10 @@ the steps below, in the same order, on the same rows; and a refused event has ch
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.long cimport PyLong_CheckExact
+from cpython.object cimport PyObject
 from cpython.pythread cimport PyThread_get_thread_ident
+from cpython.unicode cimport PyUnicode_CheckExact, PyUnicode_DATA, PyUnicode_GET_LENGTH
 from libc.math cimport NAN, isnan
 from libc.stdint cimport int16_t, int64_t, int8_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free
@@ -28,7 +31,7 @@ from penstock._ext.row cimport (
     PS_AGED, PS_BOOL, PS_FLOAT64, PS_INT64, PS_NULL_VALUE, PS_OUTSIDE_MAX_AGE, PS_PRESENT, PS_STR_LENGTH,
     PS_STR, PS_STR_OFFSET, PS_STRING, PS_WIDE,
 )
-from penstock._ext.events cimport ps_arena_append
+from penstock._ext.events cimport EventReader, ps_arena_append
 from penstock._ext.steps cimport (
     Function, KeyRef, LOG_REFUSED, MAX_ARGUMENTS, MAX_ARMS, MAX_COLUMNS, MAX_STORES, ModelRun, OUT_OF_MEMORY, Pipe, PipeC, Read,
     RowKeys, Rows, Source, SourceC, UNSCORED, Use, checked,
@@ -37,6 +40,10 @@ from penstock._ext.windows cimport WindowStore, ps_key, ps_store_api, ps_store_s
 
 from penstock._ext.decision import OUTCOMES, STATUSES
 from penstock._ext.events import TYPE_CODES
+
+cdef extern from "Python.h":
+    bint PyUnicode_IS_COMPACT_ASCII(PyObject *text)
+    long long PyLong_AsLongLongAndOverflow(object value, int *overflow) except? -1
 
 cdef extern from "pthread.h" nogil:
     ctypedef struct pthread_mutex_t:
@@ -54,6 +61,8 @@ cdef extern from "time.h" nogil:
     int CLOCK_REALTIME
 
 cdef enum:
+    AHEAD = 4                 # events of a block whose entities are on their way to the cache
+    AHEAD_KEYS = 4            # keys of an event that are fetched ahead
     SWEEP_EVERY = 64          # applied events between two sweeps,
     SWEEP_CREATED = 16        # or new entities
     SWEEP_ENTITIES = 4        # released per sweep at the most, beside twice the new ones
@@ -108,6 +117,67 @@ cdef void run_block(void *arg) noexcept nogil:
     """The models of a block from begin_apart (its `parts`); any thread, and no object is counted on the way."""
     cdef BlockParts *parts = <BlockParts *>arg
     (<unheld_call>run_models_of)(parts.block, parts.core, parts.rows)
+
+
+cdef void fetch(Pipe pipe, int key, uint64_t hash, bint blob) noexcept nogil:
+    """Fetch where a key's entity stands (or, when that is here, the entity) in every store that the pipeline uses."""
+    cdef SourceC *source = &pipe.source.c
+    cdef Read *read
+    cdef int j
+    for j in range(source.n_uses):
+        if source.uses[j].key == key:
+            if blob:
+                source.uses[j].api.prefetch_blob(source.uses[j].store, hash)
+            else:
+                source.uses[j].api.prefetch(source.uses[j].store, hash)
+    for j in range(pipe.c.n_reads):
+        read = &pipe.c.reads[j]
+        if read.use < 0 and read.key == key:
+            if blob:
+                read.api.prefetch_blob(read.store, hash)
+            else:
+                read.api.prefetch(read.store, hash)
+
+
+cdef int look_ahead(Pipe pipe, list events, Py_ssize_t first, int n, uint64_t *hashes) noexcept:
+    """Have the entities of some events fetched into the cache: to find one is to wait for memory twice, and these waits
+    can be shared. hashes: AHEAD_KEYS for each event, 0 where nothing is known. Returns how many keys are looked at."""
+    cdef EventReader reader = pipe.source.reader
+    cdef SourceC *source = &pipe.source.c
+    cdef int n_keys = min(pipe.c.n_keys, <int>AHEAD_KEYS)
+    cdef int i, k
+    cdef int overflow
+    cdef PyObject *value
+    cdef ps_key key
+    cdef const ps_store_api *api = source.uses[0].api if source.n_uses else pipe.c.reads[0].api if pipe.c.n_reads else NULL
+    if api == NULL:
+        return 0
+    for i in range(n):
+        for k in range(n_keys):
+            hashes[i * AHEAD_KEYS + k] = 0
+        if type(events[first + i]) is not reader.wire_type:
+            continue
+        for k in range(n_keys):
+            value = (<PyObject **>(<char *><PyObject *>events[first + i] + reader.wire_offsets[pipe.c.keys[k].slot]))[0]
+            if value == NULL or pipe.c.keys[k].is_int != pipe.c.keys[k].to_int:
+                continue
+            if not pipe.c.keys[k].is_int:
+                if not PyUnicode_CheckExact(<object>value) or not PyUnicode_IS_COMPACT_ASCII(value):
+                    continue
+                key.is_int = 0
+                key.str = <const char *>PyUnicode_DATA(<object>value)
+                key.len = <uint32_t>PyUnicode_GET_LENGTH(<object>value)
+            else:
+                if not PyLong_CheckExact(<object>value):
+                    continue
+                overflow = 0
+                key.is_int = 1
+                key.i = PyLong_AsLongLongAndOverflow(<object>value, &overflow)
+                if overflow:
+                    continue
+            hashes[i * AHEAD_KEYS + k] = api.hash(&key) | <uint64_t>1 << 63     # the stores use the lower half
+            fetch(pipe, k, hashes[i * AHEAD_KEYS + k], False)
+    return n_keys
 
 
 @cython.final
@@ -873,11 +943,22 @@ cdef class Core:
         cdef Start start
         cdef Py_ssize_t n = len(events)
         cdef Decision known
+        cdef uint64_t hashes[BLOCK_ROWS * AHEAD_KEYS]
+        cdef int rows = 0, keys = 0, fetched = 0
+        cdef int k
         block.n = 0
         block.answers = []
         block.ids = [] if pipe.source.has_id else None
         block.errors = None
+        if n - at > 2:
+            rows = <int>min(n - at, <Py_ssize_t>BLOCK_ROWS)
+            keys = look_ahead(pipe, events, at, rows, hashes)
         while at < n and len(block.answers) < BLOCK_ROWS:
+            while fetched < rows and fetched < len(block.answers) + AHEAD:
+                for k in range(keys):
+                    if hashes[fetched * AHEAD_KEYS + k]:
+                        fetch(pipe, k, hashes[fetched * AHEAD_KEYS + k], True)
+                fetched += 1
             try:
                 known = self.start(pipe, block.rows, block.n, events[at], block.ingest, &start)
             except InProgress as error:
