@@ -275,8 +275,9 @@ def test_files_that_come_with_a_load(root):
 
 
 def test_onnx_as_the_file_has_it(root):
-    helper = pytest.importorskip("onnx").helper
+    onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
+    helper = onnx.helper
     ports = [helper.make_tensor_value_info(name, 1, ["N", 3]) for name in "xpq"]
     nodes = [helper.make_node("Tanh", ["x"], ["p"]), helper.make_node("Neg", ["x"], ["q"])]
     graph = helper.make_graph(nodes, "g", ports[:1], ports[1:])
@@ -292,6 +293,13 @@ def test_onnx_as_the_file_has_it(root):
             x = np.arange(3, dtype=np.float32)
             answers = served.infer([("x", "FP32", [1, 3], x.tobytes())])
             assert np.frombuffer(answers[1][3], np.float32).tolist() == [0, -1, -2]
+        elsewhere = onnx.ModelProto.FromString(model)
+        weight = onnx.numpy_helper.from_array(np.ones((2, 2), np.float32), "w")
+        onnx.external_data_helper.set_external_data(weight, "5")
+        weight.ClearField("raw_data")
+        elsewhere.graph.initializer.append(weight)
+        with pytest.raises(ModelError, match="has tensors in other files"):
+            await repository.load("given", None, {"4/model.onnx": elsewhere.SerializeToString()})
         with pytest.raises(ModelError, match="net@1: config: platform: the file is run by onnxruntime_onnx"):
             put(root, "net", "1", model + b"\x12\x00", "model.onnx")
             await repository.load("net", '{"platform": "penstock_trees"}')

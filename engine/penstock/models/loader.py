@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import mmap
 import os
+import re
 import select
 import signal
 import socket
@@ -34,6 +35,8 @@ __all__ = ["Compiled", "FoundModel", "FoundVersion", "Loader", "build", "main", 
 
 LOOK_EVERY = 2.0  # seconds between two looks whether the parent lives
 NICE = 10  # of the child, and of threads that build; a thread that holds the GIL does not give way
+# The first entry of an ONNX tensor's external_data: its key, whose length may be written longer than needed.
+_ELSEWHERE = re.compile(rb"\x0a(\x08|\x88\x80*\x00)location")
 _LENGTH = 4
 _MOST = 1 << 30  # bytes of a message
 
@@ -126,13 +129,9 @@ _requests = msgspec.msgpack.Decoder(Request)
 
 
 def _send(channel: socket.socket, message: bytes, descriptor: int = -1) -> None:
-    head = len(message).to_bytes(_LENGTH, "little")
-    if descriptor >= 0:
-        sent = socket.send_fds(channel, [head], [descriptor])
-        channel.sendall(head[sent:])
-    else:
-        channel.sendall(head)
-    channel.sendall(message)
+    whole = len(message).to_bytes(_LENGTH, "little") + message
+    sent = socket.send_fds(channel, [whole], [descriptor]) if descriptor >= 0 else 0
+    channel.sendall(whole[sent:])
 
 
 def _receive(channel: socket.socket) -> tuple[bytes, int]:
@@ -527,6 +526,8 @@ def _compile(request: Compile, path: Path, data: bytes, file: Path) -> tuple[Com
             raise ModelError(f"model {name}: {error or 'memory is short'}") from None
     if path.suffix != ".onnx":
         raise ModelError(f"model {name}: {path}: {reason}")
+    if request.given and _ELSEWHERE.search(data):
+        raise ModelError(f"model {name}: {path} has tensors in other files; such a model is loaded from the folder")
     if request.whole:
         return Compiled(kind="onnx_file", **common), data if request.given else None
     source = OnnxSource.of(path, data, request.output, name)
