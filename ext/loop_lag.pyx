@@ -51,7 +51,7 @@ for _i, _b in enumerate(LAGS):
 cdef class LoopLag:
     """period: seconds between expiries."""
 
-    def __init__(self, double period=0.004):
+    def __init__(self, double period=0.005):
         if not 1e-4 <= period <= 10:
             raise ValueError(f"period: expected 0.0001 to 10 seconds, got {period!r}")
         self.period_ns = <int64_t>round(period * 1e9)

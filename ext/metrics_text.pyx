@@ -292,6 +292,8 @@ cdef class Routes(Part):
         text.put(self.head_durations)
         name = "penstock_http_request_duration_seconds"
         for route in routes:
+            if route.requests == 0 and route.kind == "handler":
+                continue                               # an operator's path that nobody has asked for
             before = self.durations.get(route)
             if before is None:
                 before = self.durations[route] = [

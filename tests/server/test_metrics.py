@@ -79,6 +79,16 @@ def test_histogram(wire):
     assert low <= total * 1.0001
 
 
+def test_paths_of_operators_have_a_histogram_once_they_were_asked(wire):
+    with wire.Served() as served:
+        name = "penstock_http_request_duration_seconds_count"
+        samples = _samples(served)
+        assert _value(samples, name, route="score/fraud") == 0
+        assert (name, ("route", "status")) not in samples
+        served.get("/status")
+        assert _value(_samples(served), name, route="status") == 1
+
+
 def test_garbage_collector_pauses(wire):
     with wire.Served() as served:
         before = _samples(served)
