@@ -39,6 +39,9 @@ cdef class Subject:
         object         ingest_many
 
 
+cdef class RespConnection(WireConnection)
+
+
 cdef class RespServer(WireServer):
     cdef:
         dict            pipelines       # name as bytes -> Subject
@@ -75,7 +78,12 @@ cdef class RespServer(WireServer):
         const char     *batch_p[BATCH]
         size_t          batch_sizes[BATCH]
         int             batch_n
+        list            batch_connections   # whose they are
+        list            batch_data          # what keeps their bytes
+        RespConnection  current             # that is being read
 
+    cdef int flush(self) except -1
+    cdef int own_answers(self) except -1
     cdef int grow_arguments(self, int64_t n) except -1
     cdef int bulk(self, const char *p, size_t n) except -1
     cdef int head(self, char kind, int64_t n) except -1
@@ -85,7 +93,8 @@ cdef class RespServer(WireServer):
     cdef int reply(self, object value, int protocol) except -1
     cdef int decision(self, object answer, bint packed, bint explain) except -1
     cdef object decoded_event(self, Subject subject, const char *p, size_t n)
-    cdef int score_batch(self, Subject subject, const Options *options, const char **p, const size_t *sizes, int n) except -1
+    cdef int score_batch(self, Subject subject, const Options *options, const char **p, const size_t *sizes, int n,
+                         list connections) except -1
     cdef int score_several(self, Subject subject, const Options *options, const char *base, const Slice *payloads,
                            Py_ssize_t n) except -1
     cdef int ingest(self, Subject subject, const char *base, const Slice *payloads, Py_ssize_t n) except -1
@@ -111,7 +120,6 @@ cdef class RespConnection(WireConnection):
         int64_t         have
         size_t          at              # where its next argument begins
         const char     *base            # of the command being worked on
-        bint            consuming       # its reads are being worked on now
         public int      protocol
         public bint     authenticated
         readonly int64_t id

@@ -62,6 +62,7 @@ cdef enum:
     STRANGER_BYTES = 16384
     VIEW_BYTES = 4096          # a longer payload is decoded where it lies
     KEEP_PART = 4096           # an empty buffer beyond this is given back
+    FEW = 8                    # so many single events are scored at once; fewer wait for those of other connections
     STEPS = 64                 # commands between two looks at the clock
     TEXT_MAX = 512             # characters of an error
 
@@ -213,6 +214,8 @@ cdef class RespServer(WireServer):
         self.idle_timeout = <int64_t>(idle_timeout * 1e9)
         self.errors = {}
         self.decoded = []
+        self.batch_connections = []
+        self.batch_data = []
         self.grow_arguments(64)
 
     def __dealloc__(self):
@@ -235,6 +238,69 @@ cdef class RespServer(WireServer):
     @property
     def clients(self):
         return sorted(self.connections, key=_id_of)
+
+    cdef int send_all(self) except -1:
+        """What is sent is answered first."""
+        if self.batch_n:
+            self.flush()
+        return WireServer.send_all(self)
+
+    cdef int flush(self) except -1:
+        """Score the single events that were gathered, of every connection. Where they are queued, these are busy."""
+        cdef list connections = self.batch_connections
+        cdef RespConnection c
+        cdef Subject subject = self.batch_subject
+        cdef Lane lane
+        cdef RespWork work
+        cdef int n = self.batch_n
+        cdef int i, first, why
+        cdef int64_t now, deadline = 0
+        if n == 0:
+            return 0
+        self.batch_n = 0
+        self.batch_connections = []
+        self.own_answers()
+        lane = subject.lane
+        now = ps_http_now()
+        c = <RespConnection>connections[0]
+        why = self.flow.admit(lane, n, now, c.started, self.batch_options.timeout_us, self.batch_options.priority, &deadline)
+        if why == INLINE:
+            try:
+                self.score_batch(subject, &self.batch_options, self.batch_p, self.batch_sizes, n, connections)
+            except BaseException:
+                for c in connections:
+                    c.fault()
+                raise
+            lane.observe(n, ps_http_now() - now)
+        else:
+            first = 0
+            for i in range(n):
+                c = <RespConnection>connections[i]
+                if i + 1 < n and connections[i + 1] is c:
+                    continue
+                if c.transport is not None and not c.closed:
+                    if why == QUEUE:
+                        work = RespWork.__new__(RespWork)
+                        work.kind = SCORE
+                        work.subject = subject
+                        work.lane = lane
+                        work.options = self.batch_options
+                        work.deadline = deadline
+                        work.gather(self.batch_p + first, self.batch_sizes + first, i + 1 - first)
+                        c.wait_for(work)
+                    else:
+                        for first in range(first, i + 1):
+                            self.busy(lane, why)
+                        self.queue(c)
+                first = i + 1
+        self.batch_data.clear()
+        return 0
+
+    cdef int own_answers(self) except -1:
+        """Before the answers of others are formed: those of the connection that is being read are its own."""
+        if self.current is not None and self.out_n > self.out_from:
+            self.queue(self.current)
+        return 0
 
     cdef int grow_arguments(self, int64_t n) except -1:
         cdef Slice *grown = <Slice *>realloc(self.arguments, n * sizeof(Slice))
@@ -429,14 +495,17 @@ cdef class RespServer(WireServer):
                 return None
         return events
 
-    cdef int score_batch(self, Subject subject, const Options *options, const char **p, const size_t *sizes, int n) except -1:
-        """Score single events together and answer each, in order; an error is that event's alone."""
+    cdef int score_batch(self, Subject subject, const Options *options, const char **p, const size_t *sizes, int n,
+                         list connections) except -1:
+        """Score single events together and answer each, in order; an error is that event's alone. connections: whose each
+        is; None: all of the one that is being read."""
         cdef list events = self.decoded
         cdef list answers
         cdef list errors = None
         cdef bint failed[BATCH]
         cdef int i
         cdef Py_ssize_t a = 0, e = 0
+        cdef RespConnection c = None
         events.clear()
         for i in range(n):
             failed[i] = False
@@ -455,12 +524,20 @@ cdef class RespServer(WireServer):
         self.batches += 1
         self.batched += n
         for i in range(n):
+            if connections is not None:
+                c = <RespConnection>connections[i]
+                if c.transport is None or c.closed:
+                    a += not failed[i]
+                    e += failed[i]
+                    continue
             if failed[i]:
                 self.fail(errors[e], -1)
                 e += 1
             else:
                 self.decision(answers[a], is_pack(p[i], sizes[i]), options.explain)
                 a += 1
+            if connections is not None and (i + 1 == n or connections[i + 1] is not c):
+                self.queue(c)
         return 0
 
     cdef int score_several(self, Subject subject, const Options *options, const char *base, const Slice *payloads,
@@ -586,10 +663,13 @@ cdef class RespConnection(WireConnection):
 
     cdef int consume(self, bytes data) except -1:
         # A command that is submitted may be answered before submit() returns: what follows it is then done here, not
-        # by its done().
-        self.consuming = True
-        self.do_all(data)
-        self.consuming = False
+        # by its done(). No other connection is read meanwhile.
+        cdef RespServer server = self.server
+        server.current = self
+        try:
+            self.do_all(data)
+        finally:
+            server.current = None
         return 0
 
     cdef int do_all(self, bytes data) except -1:
@@ -604,8 +684,8 @@ cdef class RespConnection(WireConnection):
         cdef int steps = 0
         cdef int64_t began = ps_http_now()
         cdef bint own = False      # the arguments are in `marks`: they came in parts
-        server.batch_n = 0
-        if self.part_n:
+        cdef bint kept = self.part_n > 0
+        if kept:
             self.append(p, n)
             if self.part_n < self.part_need:
                 return 0
@@ -636,6 +716,8 @@ cdef class RespConnection(WireConnection):
             progress = True
             if self.closing:
                 break
+            if self.closed:
+                return 0
             if self.busy:
                 return self.park(p + pos, n - pos)
             steps += 1
@@ -645,9 +727,18 @@ cdef class RespConnection(WireConnection):
                     self.busy = True
                     server.call_soon(self.go_on)
                 return self.park(p + pos, n - pos)
-        self.flush()
+        if server.batch_n:
+            if kept or self.closing or self.half_closed or server.batch_n >= FEW:
+                self.flush()                           # while their bytes, or this connection, are here
+            else:
+                server.batch_data.append(data)         # with those that others sent meanwhile
+                if not server.called:
+                    server.called = True
+                    server.call_soon(server.send_waiting)
         if self.busy:
             return self.park(p + pos, n - pos)
+        if self.closed:
+            return 0
         if self.closing:
             self.linger = self.linger or pos < n
             return self.finish()
@@ -656,6 +747,10 @@ cdef class RespConnection(WireConnection):
             self.since = self.started
         server.queue(self)
         return 0
+
+    def eof_received(self):
+        self.server.flush()
+        return WireConnection.eof_received(self)
 
     def go_on(self):
         """After others had their turn (the loop calls it)."""
@@ -1026,6 +1121,7 @@ cdef class RespConnection(WireConnection):
                     return 1
             server.batch_subject = subject
             server.batch_options = options
+            server.batch_connections.append(self)
             server.batch_p[server.batch_n] = self.base + a[i].at
             server.batch_sizes[server.batch_n] = a[i].n
             server.batch_n += 1
@@ -1063,7 +1159,7 @@ cdef class RespConnection(WireConnection):
     cdef int score_line(self, Subject subject, const Options *options, const Slice *payload) except -1:
         """One event of an inline command: its bytes are the line's, so it is scored at once."""
         cdef const char *p = self.base + payload.at
-        return self.server.score_batch(subject, options, &p, &payload.n, 1)
+        return self.server.score_batch(subject, options, &p, &payload.n, 1, None)
 
     cdef int refused(self, str kind, str message, str code="") except -1:
         """Answer an error in its place. Returns 1 where the events before it must be answered first."""
@@ -1076,43 +1172,15 @@ cdef class RespConnection(WireConnection):
         return 0
 
     cdef int flush(self) except -1:
-        """Score the single events read so far. Where they are queued, the connection is busy."""
-        cdef RespServer server = self.server
-        cdef Subject subject
-        cdef Lane lane
-        cdef RespWork work
-        cdef int n = server.batch_n
-        cdef int i, why
-        cdef int64_t now, deadline = 0
-        if n == 0:
-            return 0
-        server.batch_n = 0
-        subject = server.batch_subject
-        lane = subject.lane
-        now = ps_http_now()
-        why = server.flow.admit(lane, n, now, self.started, server.batch_options.timeout_us, server.batch_options.priority, &deadline)
-        if why == INLINE:
-            server.score_batch(subject, &server.batch_options, server.batch_p, server.batch_sizes, n)
-            lane.observe(n, ps_http_now() - now)
-        elif why == QUEUE:
-            work = RespWork.__new__(RespWork)
-            work.kind = SCORE
-            work.subject = subject
-            work.lane = lane
-            work.options = server.batch_options
-            work.deadline = deadline
-            work.gather(server.batch_p, server.batch_sizes, n)
-            self.wait_for(work)
-        else:
-            for i in range(n):
-                server.busy(lane, why)
-        return 0
+        """Score what was gathered. Where events of this connection are queued, it is busy."""
+        return self.server.flush()
 
     cdef int wait_for(self, RespWork work) except -1:
         work.connection = self
         work.arrival = self.started
         work.priority = work.options.priority
         self.busy = True
+        self.server.own_answers()                      # submitting may answer others
         self.server.flow.submit(work)
         return 0
 
@@ -1536,12 +1604,19 @@ cdef class RespWork(Work):
     cdef int done(self) except -1:
         """Answered: the connection goes on."""
         cdef RespConnection connection = self.connection
+        cdef RespServer server
         self.block = None
         self.call = None
-        connection.busy = False
-        if connection.transport is not None:
-            connection.server.queue(connection)
-            if not connection.paused and not connection.consuming:
-                connection.started = ps_http_now()
+        server = connection.server
+        if connection.transport is None:
+            connection.busy = False
+            return DONE
+        server.queue(connection)
+        connection.started = ps_http_now()
+        if server.current is None or server.current is connection:
+            connection.busy = False
+            if server.current is None and not connection.paused:
                 connection.read_on()
+        else:
+            server.call_soon(connection.go_on)         # another connection is being read
         return DONE

@@ -396,6 +396,47 @@ def test_events_that_arrive_together_are_scored_together(client, served):
     assert served.server.batches - before[0] <= 4
 
 
+def test_everyone_gets_his_own_answers(served):
+    """Events of many connections are scored together; what each says of itself comes back to it, in order."""
+    generator = random.Random(5)
+    clients = [served.client() for _ in range(40)]
+    for round in range(25):
+        expected: list[list[Any]] = [[] for _ in clients]
+        for i, client in enumerate(clients):
+            stream = b""
+            for j in range(generator.choice([1, 1, 1, 2, 20])):
+                amount = float(i * 1000 + round * 30 + j)
+                match generator.randrange(6):
+                    case 0:
+                        stream += command("ECHO", amount)
+                        expected[i].append(str(amount).encode())
+                    case 1:
+                        stream += command("PENSTOCK.SCORE", "fraud", as_json(amount=str(amount)))
+                        expected[i].append(Error)
+                    case 2:
+                        stream += command(
+                            "PENSTOCK.SCORE", "fraud", "NOINGEST", "EXPLAIN", *[as_pack(amount=amount)] * 2
+                        )
+                        expected[i].append([amount] * 2)
+                    case _:
+                        stream += command("PENSTOCK.SCORE", "fraud", "NOINGEST", "EXPLAIN", as_json(amount=amount))
+                        expected[i].append(amount)
+            client.send(stream)
+        for client, answers in zip(clients, expected):
+            for answer in answers:
+                got = client.read()
+                if answer is Error:
+                    assert isinstance(got, Error)
+                elif isinstance(answer, bytes):
+                    assert got == answer
+                elif isinstance(answer, list):
+                    assert [told(g)["features"]["amount"] for g in got] == answer
+                else:
+                    assert told(got)["features"]["amount"] == answer
+    for client in clients:
+        client.socket.close()
+
+
 def test_ingest(client, served):
     assert client.ask("PENSTOCK.INGEST", "Login", json.dumps({"customer": "i", "tries": 1, "at_ms": 1}).encode()) in (
         "applied", "late",
