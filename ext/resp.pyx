@@ -668,6 +668,12 @@ cdef class RespConnection(WireConnection):
         server.current = self
         try:
             self.do_all(data)
+        except BaseException:
+            # What was gathered lies in `data`; nothing of this connection's is answered any more.
+            server.out_n = server.out_from
+            self.closed = True
+            server.flush()
+            raise
         finally:
             server.current = None
         return 0
@@ -717,7 +723,7 @@ cdef class RespConnection(WireConnection):
             if self.closing:
                 break
             if self.closed:
-                return 0
+                return self.flush()                    # what was gathered lies in `data`
             if self.busy:
                 return self.park(p + pos, n - pos)
             steps += 1
