@@ -48,10 +48,10 @@ GROUPS = {
     "log": Group("micro.log", True, 200),
     "pit": Group("micro.pit", True, 240),
     "http": Group("load.serving", False, 300),
-    "oip": Group("load.oip", False, 120),
-    "resp": Group("load.resp", False, 240),
+    "oip": Group("load.oip", False, 180),
+    "resp": Group("load.resp", False, 360),
     "overload": Group("load.overload", False, 300),
-    "many": Group("load.many", False, 300),
+    "many": Group("load.many", False, 400),
     "scale": Group("micro.scale", False, 600, asked=True),
 }
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS", "NUMBA_NUM_THREADS")
