@@ -175,6 +175,8 @@ class Server:
         raise RuntimeError(f"{self.name} was not ready within {self.ready_within:.0f} s ({last}): {self.tail()}")
 
     def __exit__(self, *_: object) -> None:
+        if not hasattr(self, "process"):
+            return
         # The whole session, as some peers leave workers behind when only their parent is told.
         for sign, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
             try:

@@ -93,9 +93,13 @@ class Ours:
         self.server = our_server(self.port, self.stamp - 30 * 86_400, self.folder, app, models, *arguments)
 
     def __enter__(self) -> Ours:
-        self.server.__enter__()
-        self.label_until = self.stamp - 12 * 86_400
-        self.ingest_labels()
+        try:
+            self.server.__enter__()
+            self.label_until = self.stamp - 12 * 86_400
+            self.ingest_labels()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
