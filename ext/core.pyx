@@ -111,12 +111,14 @@ cdef void run_models_of(Block block, Core core, Rows rows) noexcept nogil:
 
 
 ctypedef void (*unheld_call)(void *block, void *core, void *rows) noexcept nogil
+# A variable: called through a cast of its own name, the compiler may take the call for one that cannot be.
+cdef unheld_call run_models_unheld = <unheld_call>run_models_of
 
 
 cdef void run_block(void *arg) noexcept nogil:
     """The models of a block from begin_apart (its `parts`); any thread, and no object is counted on the way."""
     cdef BlockParts *parts = <BlockParts *>arg
-    (<unheld_call>run_models_of)(parts.block, parts.core, parts.rows)
+    run_models_unheld(parts.block, parts.core, parts.rows)
 
 
 cdef void fetch(Pipe pipe, int key, uint64_t hash, bint blob) noexcept nogil:

@@ -116,6 +116,8 @@ cdef class Flow:
                    int64_t *deadline) except -1
     cdef int submit(self, Work work) except -1
     cdef int fill_pool(self) except -1
+    cdef int again(self, Work work) except -1
+    cdef int call_slice(self) except -1
     cdef bint taken(self, Work work, int64_t now) except -1
     cdef int take(self, Work work, int64_t now) except -1
     cdef Work next_like(self, Work first, int64_t now)

@@ -249,9 +249,7 @@ cdef class Flow:
             self.fill_pool()
         else:
             self.short.push(work)
-            if not self.scheduled:
-                self.scheduled = True
-                self.call_soon(self.run_slice)
+            self.call_slice()
         return 0
 
     cdef bint taken(self, Work work, int64_t now) except -1:
@@ -340,8 +338,21 @@ cdef class Flow:
             if work is None:
                 return 0
             got = self.take(work, ps_http_now())
-            while got == MORE:
-                got = self.take(work, ps_http_now())   # which hands it to the pool
+            if got == MORE:                            # the loop's own part of it, in slices; then run_slice hands it on
+                self.short.push(work)
+                self.call_slice()
+        return 0
+
+    cdef int again(self, Work work) except -1:
+        """A request that the pool has run a part of: its next part, behind what waits there."""
+        work.cost = work.lane.row_ns * work.rows
+        self.long.push(work)
+        return 0
+
+    cdef int call_slice(self) except -1:
+        if not self.scheduled:
+            self.scheduled = True
+            self.call_soon(self.run_slice)
         return 0
 
     def collect(self):

@@ -112,6 +112,7 @@ cdef class Connection(WireConnection):
         bint        keep_alive
         bint        cacheable
         bint        last           # nothing follows this message in what was read
+        bint        consuming      # inside consume(): what is released meanwhile is read on there
 
     cdef Py_ssize_t parse(self, bytes data, Py_ssize_t pos) except -1
     cdef Py_ssize_t piece_end(self, bytes data, Py_ssize_t pos) except -2
@@ -161,4 +162,6 @@ cdef class HttpWork(Work):
     cdef int answer(self, object answer) except -1
     cdef int finish_score(self) except -1
     cdef int begin_many(self) except -1
+    cdef int begin_part(self) except -1
+    cdef int take_part(self) except -1
     cdef int begin_infer(self) except -1
