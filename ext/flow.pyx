@@ -230,8 +230,8 @@ cdef class Flow:
                     wait += cost // 2
             else:
                 wait = self.short.before(priority)
-            # A tenth is left for what the estimate does not see: reading, the kernel, the way back.
-            if now + wait + cost > deadline[0] - timeout // 10:
+            # A quarter is left for what the estimate does not see: its own error, the kernel, the way back.
+            if now + wait + cost > deadline[0] - timeout // 4:
                 lane.refused_late += 1
                 return LATE
         lane.admitted += 1
@@ -262,7 +262,8 @@ cdef class Flow:
             i += 1
         work.lane.waits[i] += 1
         work.lane.waited_ns += waited
-        if now + min(work.lane.row_ns * work.rows, POOL_NS) > work.deadline:
+        # A tenth is left for what is not seen here: how long it lay unread, and its way back.
+        if now + min(work.lane.row_ns * work.rows, POOL_NS) > work.deadline - (work.deadline - work.arrival) // 10:
             work.lane.dropped_late += 1
             work.refuse(LATE)
             return False
