@@ -121,6 +121,13 @@ cdef void run_block(void *arg) noexcept nogil:
     run_models_unheld(parts.block, parts.core, parts.rows)
 
 
+cdef inline object id_under_way(Source source, object id):
+    """How Core.under_way knows an event: two event types may use the same id."""
+    if isinstance(id, tuple):
+        id = id[0]                                     # of another pipeline's decision on it
+    return id if source.index == 0 else (source.index, id)
+
+
 cdef void fetch(Pipe pipe, int key, uint64_t hash, bint blob) noexcept nogil:
     """Fetch where a key's entity stands (or, when that is here, the entity) in every store that the pipeline uses."""
     cdef SourceC *source = &pipe.source.c
@@ -865,7 +872,7 @@ cdef class Core:
         source.reader.read_object(event, slots, status, &rows.arena, "")
         if source.has_id:
             id = self.id_of(source, slots, &rows.arena)
-            if self.under_way is not None and id in self.under_way:
+            if self.under_way and id_under_way(source, id) in self.under_way:
                 raise InProgress(f"the event with this {source.reader.names[source.reader.id_field]} is being scored; ask again")
             home = source.home_of(id)
             if home is not None:
@@ -977,9 +984,10 @@ cdef class Core:
                     if block.ids is not None:
                         id = self.started_id
                         block.ids.append(id)
-                        if self.under_way is None:
-                            self.under_way = set()
-                        self.under_way.add(id[0] if isinstance(id, tuple) else id)
+                        if block.ingest:
+                            if self.under_way is None:
+                                self.under_way = set()
+                            self.under_way.add(id_under_way(pipe.source, id))
                     if block.rows.verdicts[block.n].failed >= 0 and pipe.error is not None:
                         if block.errors is None:
                             block.errors = {}
@@ -1000,7 +1008,8 @@ cdef class Core:
             id = None
             if block.ids is not None:
                 id = block.ids[row]
-                self.under_way.discard(id[0] if isinstance(id, tuple) else id)
+                if block.ingest:
+                    self.under_way.discard(id_under_way(pipe.source, id))
             try:
                 answers[i] = self.conclude(pipe, block.rows, row, &block.starts[row], id,
                                            None if block.errors is None else block.errors.get(row),
@@ -1156,7 +1165,8 @@ cdef class Core:
         source.reader.read_object(event, rows.slots, rows.status, &rows.arena, "")
         if source.has_id:
             id = self.id_of(source, rows.slots, &rows.arena)
-            if source.home_of(id) is not None:
+            # One whose models still run has been applied already (S16).
+            if source.home_of(id) is not None or (self.under_way and id_under_way(source, id) in self.under_way):
                 source.c.outcomes[<int>OUTCOME_DUPLICATE] += 1
                 return OUTCOME_DUPLICATE
         rows.keys.ingest_time = rows.slots[source.c.time].i if self.event_clock else self.now()

@@ -560,7 +560,7 @@ cdef class InferCall:
         length = body + header - at
         hash = 0
         if length <= REMEMBERED_BYTES:
-            hash = ps_http_hash(at, length)
+            hash = ps_http_hash(at, length) ^ opened   # without its beginning the same text would be no request
             request = <Request>PyList_GET_ITEM(model.remembered, <Py_ssize_t>(hash % REMEMBERED))
             if (request is None or request.hash != hash or <size_t>PyBytes_GET_SIZE(request.source) != length
                     or memcmp(PyBytes_AS_STRING(request.source), at, length) != 0):

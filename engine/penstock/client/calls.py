@@ -161,6 +161,9 @@ class Run:
             return None
         wait = min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (self.attempt - 1)) * random.uniform(0.5, 1.0)
         if isinstance(error, Overloaded):
+            # A log that is full may have taken the first events of an array.
+            if error.code == "log_refused" and not safe and self.retry != "always":
+                return None
             if error.retry_after is not None:
                 wait = error.retry_after + wait * 0.5
         elif not isinstance(error, ConnectionLost) or (error.sent and not safe and self.retry != "always"):

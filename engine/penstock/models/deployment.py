@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Deployment", "Worker"]
 
 TRIM_BYTES = 32 << 20  # freed since the last trim
+UNKNOWN_ROW_NS = 2_000_000
 LOOK_EVERY = 0.02  # seconds between two looks whether a retired model is in use
 
 
@@ -81,7 +82,8 @@ class Deployment:
         if changed:
             self.version += 1
             if newest is not None and targets[""].lane is not None:
-                targets[""].lane.seed(newest.row_ns)
+                # One that could not be warmed is taken to be slow until it was seen: the pool runs it first.
+                targets[""].lane.seed(newest.row_ns or UNKNOWN_ROW_NS)
         return out
 
 

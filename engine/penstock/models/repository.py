@@ -295,7 +295,11 @@ class ModelRepository:
         for one in changed:
             if self._closed:
                 return
-            await self._changed(one)
+            try:
+                await self._changed(one)
+            except Exception as error:  # a defect with one model does not end the watch of all
+                if not self._closed:
+                    self._warn(f"model {one.name}: {type(error).__name__}: {error}")
 
     async def close(self) -> None:
         """End the child and the thread. What serves goes on serving."""
@@ -456,7 +460,11 @@ class ModelRepository:
         if pipelines is None:
             return []
         problems = []
-        for change in pipelines.changes(found):
+        try:
+            changes = pipelines.changes(found)
+        except ModelError as error:
+            return [str(error)]
+        for change in changes:
             try:
                 prepared = await self._run(lambda: pipelines.prepare(change))  # noqa: B023
                 await pipelines.ready()

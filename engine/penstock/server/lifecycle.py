@@ -55,10 +55,10 @@ def run(app: App | Engine | None, config: ServerConfig) -> int:
         if config.resp_port is not None:
             listeners.append(bind(config.host, config.resp_port, "--resp-port"))
         engine = _engine(app, config)
-        repository = _repository(engine, config)
-        import uvloop
-
         try:
+            repository = _repository(engine, config)
+            import uvloop
+
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 return runner.run(Serving(engine, config, repository).serve(listeners))
         finally:
@@ -236,9 +236,8 @@ class Serving:
             await asyncio.sleep(0.02)
             for acceptor in self.acceptors:
                 acceptor.close()
-            if self.grpc is not None:
-                await self.grpc.stop(config.drain_timeout)
-            await self._drain()
+            grpc = [] if self.grpc is None else [self.grpc.stop(config.drain_timeout)]
+            await asyncio.gather(*grpc, self._drain())
         finally:
             for task in self.tasks:
                 task.cancel()
@@ -283,7 +282,10 @@ class Serving:
         while True:
             await asyncio.sleep(period)
             for server in self.servers:
-                server.sweep()
+                try:
+                    server.sweep()
+                except Exception as error:  # the next sweep comes all the same
+                    self.log.fault(error)
             if self.repository is not None:
                 warn(self.repository.warnings)
             if engine.core.log is None:
