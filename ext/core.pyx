@@ -1067,18 +1067,16 @@ cdef class Core:
 
     cdef Block begin_apart(self, Pipe pipe, list events, bint ingest, bint explain):
         """Start events, at most BLOCK_ROWS, and leave their models to whoever calls run_block(), from any thread, once.
-        Then end_apart() concludes them. Between the two other events may come."""
+        Then end_apart() concludes them. Between the two other events may come. It ends before an event that repeats the
+        id of another in it: len(block.answers) were taken."""
         cdef Block block
         cdef int i
         self.enter()
         try:
             block = self.new_block(pipe, max(1, len(events)), ingest, explain)
-            if self.start_block(pipe, block, events, 0) < len(events):
-                # Two of them have the same id: the second is asked again, and is told the first's decision.
-                while len(block.answers) < len(events):
-                    block.answers.append(InProgress("an event of this request repeats another's id; ask again"))
+            self.start_block(pipe, block, events, 0)
             # The models of now: a swap meanwhile leaves them alone.
-            block.keep = list(pipe.keep)
+            block.keep = pipe.keep                     # a swap makes a new list
             block.c = pipe.c
             block.c.models = <ModelRun *>checked(max(1, pipe.c.n_models), sizeof(ModelRun))
             for i in range(pipe.c.n_models):
@@ -1092,8 +1090,15 @@ cdef class Core:
         return block
 
     cdef list end_apart(self, Block block):
+        cdef int i
         self.enter()
         try:
+            if block.keep is not block.pipe.keep and self.log_ptr != NULL:
+                # The log says that other models run by now: a record of these would be taken for theirs.
+                for i in range(block.n):
+                    if block.rows.keys[i].sequence >= 0:
+                        self.scores_lost += 1
+                        block.rows.keys[i].sequence = -1
             return self.conclude_block(block.pipe, block)
         finally:
             self.leave()

@@ -42,6 +42,7 @@ cdef class Lane:
     cdef:
         readonly str name
         readonly int64_t row_ns           # running mean of what a row costs
+        readonly int64_t least_ns         # what a request costs at the least, however many rows share it
         readonly int64_t row_bytes        # running mean of a row's bytes in a body
         public bint may_pool              # its models may run on the pool
         readonly int64_t max_rows         # rows that may wait
@@ -58,7 +59,8 @@ cdef class Lane:
         readonly int64_t waited_ns
 
     cdef void observe(self, int64_t rows, int64_t ns) noexcept
-    cdef bint on_pool(self) noexcept
+    cdef int64_t cost(self, int64_t rows) noexcept
+    cdef bint on_pool(self, int64_t rows, bint whole) noexcept
 
 
 cdef class Work:
@@ -75,10 +77,12 @@ cdef class Work:
         int priority
         bint begun
         bint pooled
+        bint whole                # one native call that cannot be cut: all its rows count at once
 
     cdef int begin(self) except -1
     cdef int finish(self) except -1
     cdef int refuse(self, int why) except -1
+    cdef int fault(self) except -1
 
 
 # What waits, by priority; within one, in order of arrival.
@@ -110,12 +114,14 @@ cdef class Flow:
         object loop
         object call_soon
         bint scheduled
+        bint filling
         readonly uint64_t slices
 
     cdef int admit(self, Lane lane, int64_t rows, int64_t now, int64_t arrival, int64_t timeout_us, int priority,
-                   int64_t *deadline) except -1
+                   int64_t *deadline, bint whole) except -1
     cdef int submit(self, Work work) except -1
     cdef int fill_pool(self) except -1
+    cdef int guarded(self, Work work, int64_t now) noexcept
     cdef int again(self, Work work) except -1
     cdef int call_slice(self) except -1
     cdef bint taken(self, Work work, int64_t now) except -1

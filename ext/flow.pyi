@@ -10,6 +10,7 @@ class Lane:
 
     name: str
     row_ns: int
+    least_ns: int
     row_bytes: int
     may_pool: bool
     max_rows: int

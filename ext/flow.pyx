@@ -13,6 +13,7 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 import os
+import traceback
 
 cdef extern from "http_head.h" nogil:
     int64_t ps_http_now()
@@ -47,27 +48,34 @@ cdef class Lane:
         self.default_timeout = <int64_t>(default_timeout * 1e9)
         self.max_timeout = <int64_t>(max_timeout * 1e9)
         self.row_ns = row_ns if row_ns > 0 else FIRST_NS
+        self.least_ns = 0
         self.row_bytes = 128
         self.may_pool = may_pool
 
     def seed(self, int64_t row_ns):
         """Begin the running mean anew: another model answers from now on."""
         self.row_ns = max(1, row_ns)
+        self.least_ns = self.row_ns
 
     cdef void observe(self, int64_t rows, int64_t ns) noexcept:
-        """What some rows cost. One that the machine held up moves the mean by no more than its double."""
+        """What some rows cost. One that the machine held up moves the mean to no more than its triple."""
         cdef int64_t each
         if rows <= 0:
             return
         each = ns // rows
-        if each > 4 * self.row_ns + 8000:
-            each = 4 * self.row_ns + 8000
+        if each > 16 * self.row_ns + 8000:
+            each = 16 * self.row_ns + 8000
         self.row_ns += (each - self.row_ns) >> MEAN_SHIFT
         if self.row_ns < 1:
             self.row_ns = 1
 
-    cdef bint on_pool(self) noexcept:
-        return self.may_pool and self.row_ns > POOL_NS
+    cdef int64_t cost(self, int64_t rows) noexcept:
+        cdef int64_t all = self.row_ns * rows
+        return all if all > self.least_ns else self.least_ns
+
+    cdef bint on_pool(self, int64_t rows, bint whole) noexcept:
+        """Whether a request goes to the pool: a row of it takes long, or all of it where it is one call."""
+        return self.may_pool and self.cost(rows if whole else 1) > POOL_NS
 
     def counters(self):
         """The lane's counts as a dict; "waits" are the counts per bound of WAITS and above."""
@@ -90,6 +98,10 @@ cdef class Work:
 
     cdef int refuse(self, int why) except -1:
         raise NotImplementedError
+
+    cdef int fault(self) except -1:
+        """It raised where nothing should: give up its connection."""
+        return 0
 
 
 @cython.final
@@ -176,6 +188,8 @@ cdef class Flow:
                     ps_flow_pause()
         ps_pool_close(self.pool)
         self.pool = NULL
+        while self.long.pop() is not None or self.short.pop() is not None:
+            pass                                       # one by one: a chain of them would be let go recursively
 
     def __dealloc__(self):
         if self.pool != NULL:
@@ -193,13 +207,13 @@ cdef class Flow:
         return self.short.before(N_PRIORITIES - 1) / 1e9, self.long.before(N_PRIORITIES - 1) / 1e9
 
     cdef int admit(self, Lane lane, int64_t rows, int64_t now, int64_t arrival, int64_t timeout_us, int priority,
-                   int64_t *deadline) except -1:
+                   int64_t *deadline, bint whole) except -1:
         """INLINE, QUEUE, FULL or LATE for a request of some rows; deadline is the time it must be answered by.
 
         timeout_us: what the request asks for, 0: nothing, and then the lane's default holds. It may only shorten the
-        lane's maximum (where there is none, the default).
+        lane's maximum (where there is none, the default). whole: it is one native call that cannot be cut.
         """
-        cdef int64_t cost = lane.row_ns * rows
+        cdef int64_t cost = lane.cost(rows)
         cdef int64_t timeout = lane.default_timeout
         cdef int64_t most = lane.max_timeout if lane.max_timeout else lane.default_timeout
         cdef int64_t wait
@@ -221,7 +235,7 @@ cdef class Flow:
         if lane.waiting + rows > lane.max_rows and lane.waiting:
             lane.refused_full += 1
             return FULL
-        pool = lane.on_pool()
+        pool = lane.on_pool(rows, whole)
         if timeout:
             priority = DEFAULT_PRIORITY if priority <= 0 else min(priority, N_PRIORITIES - 1)
             if pool:
@@ -240,10 +254,10 @@ cdef class Flow:
     cdef int submit(self, Work work) except -1:
         """Queue an admitted request; lane, rows, arrival, deadline and priority are set."""
         work.priority = DEFAULT_PRIORITY if work.priority <= 0 else min(work.priority, N_PRIORITIES - 1)
-        work.cost = max(1, work.lane.row_ns * work.rows)   # never 0: the sums say whether anything waits
+        work.cost = max(<int64_t>1, work.lane.cost(work.rows))   # never 0: the sums say whether anything waits
         work.lane.waiting += work.rows
         work.lane.queued += 1
-        work.pooled = work.lane.on_pool()
+        work.pooled = work.lane.on_pool(work.rows, work.whole)
         if work.pooled:
             self.long.push(work)
             self.fill_pool()
@@ -263,7 +277,7 @@ cdef class Flow:
         work.lane.waits[i] += 1
         work.lane.waited_ns += waited
         # A tenth is left for what is not seen here: how long it lay unread, and its way back.
-        if now + min(work.lane.row_ns * work.rows, POOL_NS) > work.deadline - (work.deadline - work.arrival) // 10:
+        if now + min(work.lane.cost(work.rows), POOL_NS) > work.deadline - (work.deadline - work.arrival) // 10:
             work.lane.dropped_late += 1
             work.refuse(LATE)
             return False
@@ -310,7 +324,7 @@ cdef class Flow:
                 if work is None:
                     return
                 began = now
-                got = self.take(work, now)
+                got = self.guarded(work, now)
                 now = ps_http_now()
                 if got == MORE:
                     work.cost = max(1, work.cost - (now - began))
@@ -334,19 +348,35 @@ cdef class Flow:
         """Begin what waits for the pool while it has a free thread."""
         cdef Work work
         cdef int got
+        if self.filling:
+            return 0                                   # whoever is at it below finds what was added
+        self.filling = True
         while self.running < self.n_threads:
             work = self.long.pop()
             if work is None:
-                return 0
-            got = self.take(work, ps_http_now())
+                break
+            got = self.guarded(work, ps_http_now())
             if got == MORE:                            # the loop's own part of it, in slices; then run_slice hands it on
                 self.short.push(work)
                 self.call_slice()
+        self.filling = False
         return 0
+
+    cdef int guarded(self, Work work, int64_t now) noexcept:
+        """take(), whose faults are the work's own: the others go on."""
+        try:
+            return self.take(work, now)
+        except Exception:
+            traceback.print_exc()
+        try:
+            work.fault()
+        except Exception:
+            traceback.print_exc()
+        return DONE
 
     cdef int again(self, Work work) except -1:
         """A request that the pool has run a part of: its next part, behind what waits there."""
-        work.cost = work.lane.row_ns * work.rows
+        work.cost = max(<int64_t>1, work.lane.cost(work.rows))
         self.long.push(work)
         return 0
 
@@ -374,9 +404,8 @@ cdef class Flow:
             try:
                 work.finish()
             except Exception:
-                import traceback
-
                 traceback.print_exc()
+                work.fault()
             job = next
         self.fill_pool()
 

@@ -70,6 +70,7 @@ cdef class HttpServer(WireServer):
         object             event_error
         object             log
         dict               errors
+        set                tasks          # handlers that are awaited
         Route              unmatched
         Route              unmatched_oip
         public object      trace          # called with the times of every inference, or None

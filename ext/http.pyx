@@ -67,7 +67,8 @@ cdef enum:
     HEAD_CACHED = 1024         # longest head that is remembered
     WIRE_FACTOR = 4            # a chunked body may take this many times the body limit on the wire
     RESOLVED = 4096            # paths of models that are remembered
-    COMPRESS_FROM = 1024       # answers of fewer bytes are sent as they are
+    COMPRESS_FROM = 1024       # answers of fewer bytes are sent as they are,
+    COMPRESS_MOST = 65536      # and of more: the loop would be held up
     GZIP = 1
     DEFLATE = 2
 
@@ -193,6 +194,7 @@ cdef class HttpServer(WireServer):
         self.log = log
         self.heads = [None] * N_HEADS
         self.errors = {}
+        self.tasks = set()
         self.unmatched = Route("other", "handler", ())
         self.unmatched_oip = Route("v2/other", "handler", (), errors="oip")
         self.clock_ns = ps_http_now()
@@ -715,7 +717,7 @@ cdef class Connection(WireConnection):
         if lane is not None:
             if p[at] == b"[":
                 rows = max(<int64_t>1, <int64_t>n // lane.row_bytes)
-            admitted = self.server.flow.admit(lane, rows, self.started, self.started, head.timeout_us, head.priority, &deadline)
+            admitted = self.server.flow.admit(lane, rows, self.started, self.started, head.timeout_us, head.priority, &deadline, False)
             if admitted >= FULL:
                 return self.overloaded(head, admitted)
         if held is None:
@@ -747,7 +749,7 @@ cdef class Connection(WireConnection):
         if p[0] == b"[":
             events = route.decode_many(body)
             if route.lane is not None and len(events):
-                (<Lane>route.lane).row_bytes = max(1, PyBytes_GET_SIZE(body) // len(events))
+                learn_row_bytes(route.lane, PyBytes_GET_SIZE(body) // len(events))
             if route.native == SCORE:
                 return self.answer_many(head, route.core.score_many(route.index, events, head.ingest, head.explain))
             return self.answer_many(head, route.core.ingest_many(route.index, events))
@@ -801,7 +803,7 @@ cdef class Connection(WireConnection):
         call = InferCall.of_http(model, p, n, head.inference)
         if lane is not None:
             admitted = self.server.flow.admit(lane, call.rows, self.started, self.started, call.timeout_us, call.priority,
-                                              &deadline)
+                                              &deadline, True)
             if admitted >= FULL:
                 return self.overloaded(head, admitted)
         if admitted == INLINE:
@@ -820,6 +822,7 @@ cdef class Connection(WireConnection):
             call = InferCall.of_http(model, PyBytes_AS_STRING(held), n, head.inference)
         work.body = held
         work.inference = call
+        work.whole = True
         work.lane = lane
         work.rows = call.rows
         work.deadline = deadline
@@ -855,7 +858,9 @@ cdef class Connection(WireConnection):
     cdef int call(self, Head head, bytes body) except -1:
         """Await a handler; this connection's later requests wait."""
         self.busy = True
-        asyncio.ensure_future(self.awaited(head, body, self.started))
+        task = asyncio.ensure_future(self.awaited(head, body, self.started))
+        self.server.tasks.add(task)
+        task.add_done_callback(self.server.tasks.discard)
         return 0
 
     async def awaited(self, Head head, bytes body, int64_t started):
@@ -869,10 +874,15 @@ cdef class Connection(WireConnection):
             return
         self.started = started
         self.last = self.pending is None
-        if error is not None:
-            self.refuse_for(head, error)
-        else:
-            self.respond(head, status, kind, payload, NOTHING)
+        try:
+            if error is not None:
+                self.refuse_for(head, error)
+            else:
+                self.respond(head, status, kind, payload, NOTHING)
+        except BaseException:
+            self.busy = False
+            self.fault()
+            raise
         self.released()
 
     # answers
@@ -930,8 +940,9 @@ cdef class Connection(WireConnection):
         for i in range(call.n_parts):
             call.part(i, &n)
             total += n
-        if head.accepts and total >= COMPRESS_FROM:
+        if head.accepts and COMPRESS_FROM <= total <= COMPRESS_MOST:
             return self.respond_compressed(head, call)
+        server.room(total + 1024)                      # all of it or nothing
         self.start_line(head, 200, OCTETS if call.binary else JSON)
         server.put_number(total)
         if call.binary:
@@ -1015,7 +1026,7 @@ cdef class Connection(WireConnection):
         if isinstance(error, DecodeError):
             return self.refuse(head, 400, "malformed_json", str(error), "$", NOTHING)
         if isinstance(error, UnicodeError):
-            return self.refuse(head, 400, "invalid_utf8", f"body: not UTF-8: {error.reason}", "$", NOTHING)
+            return self.refuse(head, 400, "invalid_utf8", f"body: not UTF-8: {getattr(error, 'reason', error)}", "$", NOTHING)
         if isinstance(error, InProgress):
             return self.refuse(head, 503, "in_progress", str(error), None, NOTHING)
         if isinstance(error, LogError):
@@ -1100,6 +1111,12 @@ cdef class HttpWork(Work):
             self.connection.overloaded(self.head, why)
         return self.done()
 
+    cdef int fault(self) except -1:
+        if self.connection is not None:
+            self.connection.busy = False
+            self.connection.fault()
+        return 0
+
     cdef int begin_infer(self) except -1:
         cdef int64_t began
         if self.pooled:
@@ -1175,11 +1192,15 @@ cdef class HttpWork(Work):
             answers = [error] * len(works)
         for i in range(len(works)):
             work = <HttpWork>works[i]
-            if work.connection.transport is not None:
-                work.answer(answers[i])
-                self.connection.server.queue(work.connection)    # before another's answer is formed
-            if i:
-                work.done()
+            try:
+                if work.connection.transport is not None:
+                    work.answer(answers[i])
+                    self.connection.server.queue(work.connection)    # before another's answer is formed
+                if i:
+                    work.done()
+            except Exception:
+                traceback.print_exc()
+                work.fault()
         self.lane.observe(len(works), ps_http_now() - now)
         return answers
 
@@ -1207,7 +1228,7 @@ cdef class HttpWork(Work):
             self.events = route.decode_many(self.body)
             n = len(self.events)
             if n:
-                self.lane.row_bytes = max(1, PyBytes_GET_SIZE(self.body) // n)
+                learn_row_bytes(self.lane, PyBytes_GET_SIZE(self.body) // n)
             self.answers = []
             self.at = 0
             self.stage = 1
@@ -1248,9 +1269,9 @@ cdef class HttpWork(Work):
         cdef list part
         while self.at < len(self.events):
             part = self.events[self.at:self.at + most]
-            self.at += len(part)
-            self.rows = len(part)
             self.block = route.core.begin_apart(route.pipe, part, self.head.ingest, self.head.explain)
+            self.at += len(self.block.answers)
+            self.rows = len(self.block.answers)
             if self.block.n:
                 self.job.call = run_block
                 self.job.arg = &self.block.parts
@@ -1292,6 +1313,11 @@ cdef class HttpWork(Work):
         except Exception as error:
             return self.fail(error)
         return self.done()
+
+
+cdef void learn_row_bytes(Lane lane, int64_t each) noexcept:
+    """A running mean, from which one odd body cannot take it far."""
+    lane.row_bytes += (min(max(each, <int64_t>16), <int64_t>1024) - lane.row_bytes) // 8
 
 
 cdef char first_of(bytes body) noexcept:

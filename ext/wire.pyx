@@ -14,6 +14,7 @@ from libc.string cimport memcpy, memmove
 
 import asyncio
 import sys
+import traceback
 
 from penstock.errors import LogError
 
@@ -144,7 +145,14 @@ cdef class WireServer:
                 if c.transport is not None:
                     c.transport.abort()
                 continue
-            c.send(self.out + start, self.ends[i] - start)
+            try:
+                c.send(self.out + start, self.ends[i] - start)
+            except Exception:
+                # Its own: the others' answers go out once, and only once.
+                traceback.print_exc()
+                c.closed = True
+                if c.transport is not None:
+                    c.transport.abort()
             start = self.ends[i]
         waiting.clear()
         # What was formed since for a connection that is being read stays.
@@ -292,7 +300,12 @@ cdef class WireConnection:
             return 0
         self.pending = None
         if data is not None and not self.closed:
-            self.take(data)
+            try:
+                self.take(data)
+            except Exception:
+                # In the turn of whoever let it go on, who has no part in it.
+                traceback.print_exc()
+                return 0
         if self.paused or self.busy or self.transport is None or self.transport.is_closing():
             return 0
         if self.half_closed and not self.closed:

@@ -344,7 +344,8 @@ def _within_descriptors(config: ServerConfig) -> ServerConfig:
     import msgspec
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = config.max_connections + SPARE_DESCRIPTORS
+    listeners = 1 if config.resp_port is None else 2
+    wanted = listeners * config.max_connections + SPARE_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         try:
@@ -353,7 +354,7 @@ def _within_descriptors(config: ServerConfig) -> ServerConfig:
             soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return config
-    return msgspec.structs.replace(config, max_connections=max(1, soft - SPARE_DESCRIPTORS))
+    return msgspec.structs.replace(config, max_connections=max(1, (soft - SPARE_DESCRIPTORS) // listeners))
 
 
 def sample_event(plan: Plan, name: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .._ext.resp import RespServer
     from ..engine import Engine
     from ..models.deployment import Deployment
+    from ..plan import PipelinePlan
     from .oip import OipRoutes
 
 __all__ = ["build_server"]
@@ -29,6 +30,7 @@ __all__ = ["build_server"]
 JSON = b"application/json"
 TEXT = b"text/plain; charset=utf-8"
 MAX_KEYS = 10_000
+CORE_NS = 10_000  # an event over HTTP without its models
 
 
 class FeaturesRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -52,11 +54,38 @@ def lane_of(config: ServerConfig, name: str, *, row_ns: int = 0, may_pool: bool 
 
 
 def pipeline_lanes(engine: Engine, config: ServerConfig) -> dict[str, Lane]:
-    """One lane per pipeline, for every protocol that scores it."""
+    """One lane per pipeline, for every protocol that scores it; what its models cost is known before the first event."""
     return {
-        pipeline.name: lane_of(config, pipeline.name, may_pool=bool(pipeline.models))
+        pipeline.name: lane_of(
+            config, pipeline.name, row_ns=_models_ns(engine, pipeline) + CORE_NS, may_pool=bool(pipeline.models)
+        )
         for pipeline in engine.plan.pipelines.values()
     }
+
+
+def _models_ns(engine: Engine, pipeline: PipelinePlan) -> int:
+    """What the models of an event take: all that always run, and the slowest of those that an arm chooses."""
+    import time
+
+    import numpy as np
+
+    always = chosen = 0
+    for step in pipeline.models:
+        key = (step.model.ref, tuple(step.model.inputs) if step.model.inputs is not None else None)
+        if key not in engine.loaded_models:
+            continue  # an engine of features only
+        runtime = engine.loaded_models[key][0]
+        row = np.zeros((1, runtime.n_inputs))
+        best = 1 << 60
+        for _ in range(3):
+            began = time.perf_counter_ns()
+            runtime.predict(row)
+            best = min(best, time.perf_counter_ns() - began)
+        if step.guard is None:
+            always += best
+        else:
+            chosen = max(chosen, best)
+    return always + chosen
 
 
 def event_lanes_of(engine: Engine, config: ServerConfig) -> dict[str, Lane]:
