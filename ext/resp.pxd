@@ -57,6 +57,8 @@ cdef class RespServer(WireServer):
         readonly size_t max_body
         readonly size_t max_command
         readonly int64_t max_arguments
+        public size_t   max_parts       # bytes that commands whose rest has not come may take, of all connections
+        readonly size_t part_bytes      # and those they take
         int64_t         body_timeout
         int64_t         idle_timeout
         dict            errors
@@ -78,6 +80,7 @@ cdef class RespServer(WireServer):
         const char     *batch_p[BATCH]
         size_t          batch_sizes[BATCH]
         int             batch_n
+        int64_t         batch_number
         list            batch_connections   # whose they are
         list            batch_data          # what keeps their bytes
         RespConnection  current             # that is being read
@@ -89,7 +92,7 @@ cdef class RespServer(WireServer):
     cdef int head(self, char kind, int64_t n) except -1
     cdef int error(self, str kind, str code, str message) except -1
     cdef int fail(self, object error, Py_ssize_t place) except -1
-    cdef int busy(self, Lane lane, int why) except -1
+    cdef int busy(self, Lane lane, int why, bint pooled) except -1
     cdef int reply(self, object value, int protocol) except -1
     cdef int decision(self, object answer, bint packed, bint explain) except -1
     cdef object decoded_event(self, Subject subject, const char *p, size_t n)
@@ -119,6 +122,7 @@ cdef class RespConnection(WireConnection):
         int64_t         want            # arguments it has in all; -1: not known yet
         int64_t         have
         size_t          at              # where its next argument begins
+        int64_t         batch           # number of the last batch that has events of this connection
         const char     *base            # of the command being worked on
         public int      protocol
         public bint     authenticated
@@ -131,6 +135,10 @@ cdef class RespConnection(WireConnection):
     cdef int parse_bulks(self, const char *p, size_t n, size_t *used, Slice *slices) except -2
     cdef int parse_inline(self, const char *p, size_t n, size_t *used) except -2
     cdef int protocol_error(self, str message) except -2
+    cdef int too_much(self) except -2
+    cdef bint may_grow(self, size_t size, size_t more) noexcept
+    cdef int give_back(self, size_t part, int64_t marks) except -1
+    cdef int grow_marks(self, int64_t n) except -1
     cdef int keep(self, const char *p, size_t n, bint own) except -1
     cdef int append(self, const char *p, size_t n) except -1
     cdef int park(self, const char *p, size_t n) except -1

@@ -35,6 +35,8 @@ class RespServer(WireServer):
     max_body: int
     max_command: int
     max_arguments: int
+    max_parts: int
+    part_bytes: int
     batches: int
     batched: int
     def __init__(
@@ -51,6 +53,7 @@ class RespServer(WireServer):
         max_body: int = 1048576,
         max_arguments: int = 16384,
         max_connections: int = 10000,
+        max_parts: int | None = None,
         body_timeout: float = 10.0,
         idle_timeout: float = 75.0,
         write_timeout: float = 30.0,

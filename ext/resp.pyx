@@ -63,6 +63,7 @@ cdef enum:
     VIEW_BYTES = 4096          # a longer payload is decoded where it lies
     KEEP_PART = 4096           # an empty buffer beyond this is given back
     FEW = 8                    # so many single events are scored at once; fewer wait for those of other connections
+    PARTS = 268435456          # what half commands may take, of all connections
     STEPS = 64                 # commands between two looks at the clock
     TEXT_MAX = 512             # characters of an error
 
@@ -191,12 +192,13 @@ cdef class RespServer(WireServer):
 
     pipelines, events: lists of Subject. find_model(name, version) -> Target or None.
     features(view, as_of, ints, statuses, keys) and control(connection, name, arguments) give replies of the control path,
-    see `reply`. Timeouts are in seconds, sizes in bytes.
+    see `reply`. Timeouts are in seconds, sizes in bytes. max_parts: of all commands whose rest has not come (None: 256 MiB,
+    or two of the longest commands where these are more).
     """
 
     def __init__(self, Flow flow, *, pipelines, events, find_model, features, control, password=None, log=None,
-                 max_body=1 << 20, max_arguments=16384, max_connections=10000, body_timeout=10.0, idle_timeout=75.0,
-                 write_timeout=30.0):
+                 max_body=1 << 20, max_arguments=16384, max_connections=10000, max_parts=None, body_timeout=10.0,
+                 idle_timeout=75.0, write_timeout=30.0):
         WireServer.__init__(self, flow, max_connections=max_connections, write_timeout=write_timeout)
         cdef Subject s
         self.pipelines = {s.name: s for s in pipelines}
@@ -209,6 +211,7 @@ cdef class RespServer(WireServer):
         self.log = log
         self.max_body = max_body
         self.max_command = 4 * max_body + MAX_LINE
+        self.max_parts = max(<size_t>PARTS, 2 * self.max_command) if max_parts is None else max_parts
         self.max_arguments = max_arguments
         self.body_timeout = <int64_t>(body_timeout * 1e9)
         self.idle_timeout = <int64_t>(idle_timeout * 1e9)
@@ -247,7 +250,12 @@ cdef class RespServer(WireServer):
 
     cdef int flush(self) except -1:
         """Score the single events that were gathered, of every connection. Where they are queued, these are busy."""
+        # Submitting may answer others, who then gather events of theirs: by then nothing of the batch may be needed any
+        # more. So all of it is copied first.
         cdef list connections = self.batch_connections
+        cdef list data = self.batch_data
+        cdef list works = []
+        cdef Options options = self.batch_options
         cdef RespConnection c
         cdef Subject subject = self.batch_subject
         cdef Lane lane
@@ -258,21 +266,19 @@ cdef class RespServer(WireServer):
         if n == 0:
             return 0
         self.batch_n = 0
+        self.batch_number += 1
         self.batch_connections = []
+        self.batch_data = []
         self.own_answers()
         lane = subject.lane
         now = ps_http_now()
         c = <RespConnection>connections[0]
-        why = self.flow.admit(lane, n, now, c.started, self.batch_options.timeout_us, self.batch_options.priority, &deadline)
-        if why == INLINE:
-            try:
-                self.score_batch(subject, &self.batch_options, self.batch_p, self.batch_sizes, n, connections)
-            except BaseException:
-                for c in connections:
-                    c.fault()
-                raise
-            lane.observe(n, ps_http_now() - now)
-        else:
+        why = self.flow.admit(lane, n, now, c.started, options.timeout_us, options.priority, &deadline, False)
+        try:
+            if why == INLINE:
+                self.score_batch(subject, &options, self.batch_p, self.batch_sizes, n, connections)
+                lane.observe(n, ps_http_now() - now)
+                return 0
             first = 0
             for i in range(n):
                 c = <RespConnection>connections[i]
@@ -282,18 +288,26 @@ cdef class RespServer(WireServer):
                     if why == QUEUE:
                         work = RespWork.__new__(RespWork)
                         work.kind = SCORE
+                        work.connection = c
                         work.subject = subject
                         work.lane = lane
-                        work.options = self.batch_options
+                        work.options = options
                         work.deadline = deadline
                         work.gather(self.batch_p + first, self.batch_sizes + first, i + 1 - first)
-                        c.wait_for(work)
+                        c.busy = True
+                        works.append(work)
                     else:
                         for first in range(first, i + 1):
-                            self.busy(lane, why)
+                            self.busy(lane, why, lane.on_pool(n, False))
                         self.queue(c)
                 first = i + 1
-        self.batch_data.clear()
+            data.clear()
+            for work in works:
+                work.connection.wait_for(work)
+        except BaseException:
+            for c in connections:
+                c.fault()
+            raise
         return 0
 
     cdef int own_answers(self) except -1:
@@ -331,11 +345,11 @@ cdef class RespServer(WireServer):
         self.put_bytes(one_line(text).encode("utf-8", "replace"))
         return self.put(b"\r\n", 2)
 
-    cdef int busy(self, Lane lane, int why) except -1:
-        """The refusal of one command; nothing of it was decoded."""
+    cdef int busy(self, Lane lane, int why, bint pooled) except -1:
+        """The refusal of one command, that the pool would have run or the loop; nothing of it was decoded."""
         cdef int64_t ns = self.flow.short.before(N_PRIORITIES - 1)
         cdef str code = "overloaded" if why == FULL else "deadline"
-        if lane.on_pool():
+        if pooled:
             ns = self.flow.long.before(N_PRIORITIES - 1) // self.flow.n_threads
         self.errors[code] = self.errors.get(code, 0) + 1
         self.put_bytes(BUSY_FULL if why == FULL else BUSY_LATE)
@@ -361,7 +375,7 @@ cdef class RespServer(WireServer):
         if isinstance(error, DecodeError):
             return self.error("ERR", "malformed_payload", f"{at}: {error}")
         if isinstance(error, UnicodeError):
-            return self.error("ERR", "invalid_utf8", f"{at}: not UTF-8: {error.reason}")
+            return self.error("ERR", "invalid_utf8", f"{at}: not UTF-8: {getattr(error, 'reason', error)}")
         if isinstance(error, RecursionError):
             return self.error("ERR", "too_deep", f"{at}: nested too deeply")
         if isinstance(error, InProgress):
@@ -640,8 +654,7 @@ cdef class RespConnection(WireConnection):
         self.id = server.last_id
 
     def __dealloc__(self):
-        free(self.part)
-        free(self.marks)
+        self.give_back(0, 0)
 
     @property
     def address(self):
@@ -692,7 +705,12 @@ cdef class RespConnection(WireConnection):
         cdef bint own = False      # the arguments are in `marks`: they came in parts
         cdef bint kept = self.part_n > 0
         if kept:
-            self.append(p, n)
+            if self.append(p, n):
+                self.too_much()
+                if self.busy:
+                    data = PyBytes_FromStringAndSize(self.part, self.part_n) + data
+                    return self.park(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+                return self.finish()
             if self.part_n < self.part_need:
                 return 0
             p = self.part
@@ -748,7 +766,9 @@ cdef class RespConnection(WireConnection):
         if self.closing:
             self.linger = self.linger or pos < n
             return self.finish()
-        self.keep(p + pos, n - pos, own)
+        if self.keep(p + pos, n - pos, own):
+            self.too_much()
+            return self.park(p + pos, n - pos) if self.busy else self.finish()
         if progress:
             self.since = self.started
         server.queue(self)
@@ -769,53 +789,84 @@ cdef class RespConnection(WireConnection):
         self.pending = PyBytes_FromStringAndSize(p, n) if n and not self.closed else None
         self.part_n = 0
         self.want = -1
+        self.give_back(KEEP_PART, 64)
         self.since = self.started
         self.server.queue(self)
         return 0
 
+    # What half a command keeps. All connections together keep no more than max_parts, but a little each.
+
+    cdef bint may_grow(self, size_t size, size_t more) noexcept:
+        """Whether a buffer may grow by `more`, to `size` bytes."""
+        return size <= KEEP_PART or self.server.part_bytes + more <= self.server.max_parts
+
+    cdef int give_back(self, size_t part, int64_t marks) except -1:
+        """Give back buffers that are larger than this; nothing of theirs is used any more."""
+        if self.part_cap > part:
+            free(self.part)
+            self.part = NULL
+            self.server.part_bytes -= self.part_cap
+            self.part_cap = 0
+        if self.marks_cap > marks:
+            free(self.marks)
+            self.marks = NULL
+            self.server.part_bytes -= self.marks_cap * sizeof(Slice)
+            self.marks_cap = 0
+        return 0
+
     cdef int append(self, const char *p, size_t n) except -1:
+        """Returns 1, and does nothing, where half commands take too much."""
+        cdef size_t need = self.part_n + n
         cdef size_t cap
         cdef char *grown
-        if self.part_n + n > self.part_cap:
-            cap = max(2 * self.part_cap, self.part_n + n, <size_t>512)
+        if need > self.part_cap:
+            cap = max(2 * self.part_cap, need, <size_t>512)
+            if not self.may_grow(cap, cap - self.part_cap):
+                cap = need
+                if not self.may_grow(cap, cap - self.part_cap):
+                    return 1
             grown = <char *>realloc(self.part, cap)
             if grown == NULL:
                 raise MemoryError()
             self.part = grown
+            self.server.part_bytes += cap - self.part_cap
             self.part_cap = cap
         memcpy(self.part + self.part_n, p, n)
-        self.part_n += n
+        self.part_n = need
+        return 0
+
+    cdef int grow_marks(self, int64_t n) except -1:
+        """Room for n arguments. Returns 1, and does nothing, where half commands take too much."""
+        cdef Slice *grown
+        cdef size_t size = n * sizeof(Slice)
+        if not self.may_grow(size, size - self.marks_cap * sizeof(Slice)):
+            return 1
+        grown = <Slice *>realloc(self.marks, size)
+        if grown == NULL:
+            raise MemoryError()
+        self.marks = grown
+        self.server.part_bytes += size - self.marks_cap * sizeof(Slice)
+        self.marks_cap = n
         return 0
 
     cdef int keep(self, const char *p, size_t n, bint own) except -1:
-        """Keep the beginning of a command, and where its arguments are as far as they came (`own`: in marks already)."""
-        cdef Slice *grown
+        """Keep the beginning of a command, and where its arguments are as far as they came (`own`: in marks already).
+        Returns 1 where half commands take too much."""
         if n == 0:
             self.part_n = 0
             self.want = -1
-            if self.part_cap > KEEP_PART:
-                free(self.part)
-                self.part = NULL
-                self.part_cap = 0
-            if self.marks_cap > 64:
-                free(self.marks)
-                self.marks = NULL
-                self.marks_cap = 0
-            return 0
+            return self.give_back(KEEP_PART, 64)
         if self.part_n and p >= self.part and p < self.part + self.part_cap:
             if p != self.part:
                 memmove(self.part, p, n)
             self.part_n = n
         else:
             self.part_n = 0
-            self.append(p, n)
+            if self.append(p, n):
+                return 1
         if self.want >= 0 and not own:
-            if self.have > self.marks_cap or self.marks == NULL:
-                grown = <Slice *>realloc(self.marks, (self.have + 16) * sizeof(Slice))
-                if grown == NULL:
-                    raise MemoryError()
-                self.marks = grown
-                self.marks_cap = self.have + 16
+            if (self.have > self.marks_cap or self.marks == NULL) and self.grow_marks(self.have + 16):
+                return 1
             memcpy(self.marks, self.server.arguments, self.have * sizeof(Slice))
         return 0
 
@@ -858,7 +909,6 @@ cdef class RespConnection(WireConnection):
         cdef size_t at = self.at
         cdef size_t length = 0
         cdef size_t start, end
-        cdef Slice *grown
         cdef int got
         while have < self.want:
             if at >= n:
@@ -887,12 +937,9 @@ cdef class RespConnection(WireConnection):
             if have == room:
                 room = min(2 * room + 16, self.want)
                 if own:
-                    grown = <Slice *>realloc(self.marks, room * sizeof(Slice))
-                    if grown == NULL:
-                        raise MemoryError()
-                    self.marks = grown
-                    self.marks_cap = room
-                    slices = grown
+                    if self.grow_marks(room):
+                        return self.too_much()
+                    slices = self.marks
                 else:
                     server.grow_arguments(room)
                     slices = server.arguments
@@ -986,6 +1033,16 @@ cdef class RespConnection(WireConnection):
         self.flush()
         if not self.busy:
             self.server.error("ERR", "", f"Protocol error: {message}")
+            self.closing = True
+            self.linger = True
+        return WRONG
+
+    cdef int too_much(self) except -2:
+        """Answer, and close: the rest of the command cannot be kept."""
+        self.flush()
+        if not self.busy:
+            self.server.error("ERR", "too_much", f"commands whose rest has not come take {self.server.part_bytes} bytes of "
+                              f"at most {self.server.max_parts}, of all connections: send this one again later")
             self.closing = True
             self.linger = True
         return WRONG
@@ -1121,12 +1178,16 @@ cdef class RespConnection(WireConnection):
             if i == n:
                 return self.refused("ERR", "wrong number of arguments for 'penstock.score' command")
         if i + 1 == n and self.base != server.line:
-            if server.batch_n and (server.batch_subject is not subject or not same(&server.batch_options, &options)):
+            # A connection has one piece of a batch: two would be two works, and one connection waits for one.
+            if server.batch_n and (server.batch_subject is not subject or not same(&server.batch_options, &options)
+                                   or (self.batch == server.batch_number
+                                       and server.batch_connections[server.batch_n - 1] is not self)):
                 self.flush()
                 if self.busy:
                     return 1
             server.batch_subject = subject
             server.batch_options = options
+            self.batch = server.batch_number
             server.batch_connections.append(self)
             server.batch_p[server.batch_n] = self.base + a[i].at
             server.batch_sizes[server.batch_n] = a[i].n
@@ -1144,7 +1205,8 @@ cdef class RespConnection(WireConnection):
                 return 1
         server.kinds[<int>SCORE] += 1
         now = ps_http_now()
-        why = server.flow.admit(subject.lane, n - i, now, self.started, options.timeout_us, options.priority, &deadline)
+        why = server.flow.admit(subject.lane, n - i, now, self.started, options.timeout_us, options.priority, &deadline,
+                                False)
         if why == INLINE:
             server.score_several(subject, &options, self.base, a + i, n - i) if n - i > 1 else \
                 self.score_line(subject, &options, a + i)
@@ -1159,7 +1221,7 @@ cdef class RespConnection(WireConnection):
             work.copy(self.base, a + i, n - i)
             self.wait_for(work)
         else:
-            server.busy(subject.lane, why)
+            server.busy(subject.lane, why, subject.lane.on_pool(n - i, False))
         return 0
 
     cdef int score_line(self, Subject subject, const Options *options, const Slice *payload) except -1:
@@ -1210,7 +1272,8 @@ cdef class RespConnection(WireConnection):
         if i == n:
             return server.error("ERR", "", "wrong number of arguments for 'penstock.ingest' command")
         now = ps_http_now()
-        why = server.flow.admit(subject.lane, n - i, now, self.started, options.timeout_us, options.priority, &deadline)
+        why = server.flow.admit(subject.lane, n - i, now, self.started, options.timeout_us, options.priority, &deadline,
+                                False)
         if why == INLINE:
             server.ingest(subject, self.base, a + i, n - i)
             subject.lane.observe(n - i, ps_http_now() - now)
@@ -1224,7 +1287,7 @@ cdef class RespConnection(WireConnection):
             work.copy(self.base, a + i, n - i)
             self.wait_for(work)
         else:
-            server.busy(subject.lane, why)
+            server.busy(subject.lane, why, subject.lane.on_pool(n - i, False))
         return 0
 
     cdef int infer(self, const Slice *a, int64_t n) except -1:
@@ -1251,7 +1314,8 @@ cdef class RespConnection(WireConnection):
             call = InferCall.of_raw(target.model, self.base + a[i].at, a[i].n)
         except Exception as error:
             return server.fail(error, -1)
-        why = server.flow.admit(target.lane, call.rows, now, self.started, options.timeout_us, options.priority, &deadline)
+        why = server.flow.admit(target.lane, call.rows, now, self.started, options.timeout_us, options.priority, &deadline,
+                                True)
         if why == INLINE:
             call.run()
             server.tensors(call)
@@ -1259,6 +1323,7 @@ cdef class RespConnection(WireConnection):
         elif why == QUEUE:
             work = RespWork.__new__(RespWork)
             work.kind = INFER
+            work.whole = True
             work.lane = target.lane
             work.options = options
             work.deadline = deadline
@@ -1268,7 +1333,7 @@ cdef class RespConnection(WireConnection):
             self.wait_for(work)
         else:
             target.model.refused(ps_http_now() - now)
-            server.busy(target.lane, why)
+            server.busy(target.lane, why, target.lane.on_pool(call.rows, True))
         return 0
 
     cdef int features(self, const Slice *a, int64_t n) except -1:
@@ -1316,10 +1381,8 @@ cdef class RespConnection(WireConnection):
         return self.finish()
 
     cdef int gone(self) except -1:
-        free(self.part)
-        self.part = NULL
+        self.give_back(0, 0)
         self.part_n = 0
-        self.part_cap = 0
         self.want = -1
         return 0
 
@@ -1518,13 +1581,12 @@ cdef class RespWork(Work):
         return self.subject.pipe.source if self.subject.pipe is not None else <Source>self.subject.core.sources[self.subject.index]
 
     cdef int apart(self) except -1:
-        """Begin the next events whose models run on the pool. DONE where none is left."""
-        cdef Py_ssize_t first
+        """Begin the next events whose models run on the pool, about ten milliseconds of them. DONE where none is left."""
+        cdef Py_ssize_t most = max(<int64_t>1, min(<int64_t>APART, 10000000 // max(<int64_t>1, self.lane.row_ns)))
         while self.at < len(self.events):
-            first = self.at
-            self.at = min(len(self.events), first + APART)
             self.block = self.subject.core.begin_apart(
-                self.subject.pipe, self.events[first:self.at], self.options.ingest, self.options.explain)
+                self.subject.pipe, self.events[self.at:self.at + most], self.options.ingest, self.options.explain)
+            self.at += len(self.block.answers)         # an id that comes again begins the next part
             if self.block.n:
                 self.rows = self.block.n
                 self.job.call = run_block
@@ -1536,7 +1598,6 @@ cdef class RespWork(Work):
     cdef int finish(self) except -1:
         """The pool has run it."""
         cdef RespConnection connection = self.connection
-        cdef Flow flow = connection.server.flow
         try:
             if self.kind == INFER:
                 if connection.transport is not None:
@@ -1546,11 +1607,10 @@ cdef class RespWork(Work):
                 return self.done()
             self.answers.extend(self.subject.core.end_apart(self.block))
             self.block = None
-            if self.apart() == NATIVE:
-                if flow.pool != NULL:
-                    return flow.to_pool(self)
-                self.job.call(self.job.arg)
-                return self.finish()
+            if self.at < len(self.events):
+                self.rows = min(<int64_t>len(self.events) - self.at, <int64_t>APART)
+                return connection.server.flow.again(self)      # behind what waits for the pool
+            self.answer()
         except Exception as error:
             return self.fail(error)
         except BaseException:
@@ -1604,8 +1664,14 @@ cdef class RespWork(Work):
             if self.kind == INFER:
                 self.call.model.refused(ps_http_now() - self.arrival)
             for i in range(self.n if self.kind == SCORE else 1):
-                server.busy(self.lane, why)
+                server.busy(self.lane, why, self.pooled)
         return self.done()
+
+    cdef int fault(self) except -1:
+        if self.connection is not None:
+            self.connection.busy = False
+            self.connection.fault()
+        return 0
 
     cdef int done(self) except -1:
         """Answered: the connection goes on."""

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import random
+import re
 import resource
 import shutil
 import socket
@@ -754,8 +755,6 @@ STREAM_COMMANDS = st.lists(
 
 
 def _without_ids(answers: bytes) -> bytes:
-    import re
-
     return re.sub(rb"(\xa2id\xba|\"id\":\")[0-9A-Z]{26}", rb"\1", answers)
 
 
@@ -1103,3 +1102,332 @@ def test_floats_in_resp3_read_back(client):
     client.ask("PENSTOCK.INGEST", "Transaction", as_json(customer=key, amount=0.2))
     (found,) = client.ask("PENSTOCK.FEATURES", "spend", key)
     assert math.isclose(found[b"spend.mean_amount_1d"], 0.15)
+
+
+# One loop, step by step: what arrives when is said here, not by the kernel.
+
+
+class Pipe:
+    """A transport of one end of a socket pair; the loop is not asked."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = socket.socketpair()
+        self.theirs.setblocking(False)
+        self.closing = False
+
+    def get_extra_info(self, name: str) -> Any:
+        return self.ours if name == "socket" else None
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def write(self, data: bytes) -> None:
+        self.ours.sendall(data)
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.closing = True
+
+    abort = close
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def pause_reading(self) -> None:
+        pass
+
+    resume_reading = pause_reading
+
+
+class Stepped:
+    """A connection that is told what it receives; read() gives what was answered so far."""
+
+    def __init__(self, server: Any) -> None:
+        self.pipe = Pipe()
+        self.connection = server()
+        self.connection.connection_made(self.pipe)
+        self.buffer = b""
+        self.reader = Reader(self)  # type: ignore[arg-type]
+
+    def get(self, *commands: bytes) -> None:
+        self.connection.data_received(b"".join(commands))
+
+    def fill(self) -> None:
+        try:
+            data = self.pipe.theirs.recv(1 << 20)
+        except BlockingIOError:
+            data = b""
+        if not data:
+            raise Closed(self.buffer)
+        self.buffer += data
+
+    def answers(self) -> list[Any]:
+        """All answers that are there: a decision as its amount, the error to a marked() event as its number."""
+        found = []
+        with contextlib.suppress(Closed):
+            while True:
+                answer = self.reader.reply()
+                if isinstance(answer, bytes):
+                    answer = told(answer)["features"]["amount"]
+                elif isinstance(answer, Error) and (number := re.search(r"field `n(\d+)`", str(answer))):
+                    answer = int(number[1])
+                found.append(answer)
+        return found
+
+
+def amount(value: float, *more: float) -> bytes:
+    return command("PENSTOCK.SCORE", "fraud", "NOINGEST", "EXPLAIN", *[as_json(amount=v) for v in (value, *more)])
+
+
+def marked(number: int) -> bytes:
+    """An event that is gathered (no options), and whose answer says which it was: it has a field too many."""
+    return command("PENSTOCK.SCORE", "fraud", as_json(**{f"n{number}": 1}))
+
+
+def stepped(test: Any, *, way: str = "queued", app: Any = APP, **options: Any) -> None:
+    """Run `test(server, flow)`, which may await, on a loop of its own."""
+    import uvloop
+
+    async def main() -> None:
+        flow = Flow(1)
+        flow.start(asyncio.get_running_loop())
+        engine = Engine(app)
+        row_ns = SLOW_NS if way != "inline" else 1000
+        lanes = {name: Lane(name, row_ns=row_ns, may_pool=way == "pooled") for name in engine.plan.pipelines}
+        server = build_resp(engine, ServerConfig(max_body=MAX_BODY), flow=flow, lanes=lanes, **options)
+        try:
+            await asyncio.wait_for(test(server, flow), 20)
+        finally:
+            server.close_idle(force=True)
+            flow.stop()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("way", ["inline", "queued", "pooled"])
+def test_one_connection_twice_in_a_batch_is_answered_in_order(way):
+    async def test(server: Any, flow: Any) -> None:
+        a, b = Stepped(server), Stepped(server)
+        a.get(marked(1))
+        b.get(marked(2))
+        a.get(marked(3), marked(4))
+        a.get(command("PING"))
+        b.get(marked(5))
+        found: list[Any] = []
+        theirs: list[Any] = []
+        while len(found) < 4 or len(theirs) < 2:
+            await asyncio.sleep(0.001)
+            found += a.answers()
+            theirs += b.answers()
+        assert found == [1, 3, 4, "PONG"]
+        assert theirs == [2, 5]
+
+    stepped(test, way=way)
+
+
+def test_events_that_come_while_a_batch_is_queued_do_not_change_it():
+    """The pool finishes x; its answer is the 16th that waits, so what was gathered is queued; then d, which waited for
+    the pool, is answered at once, and reads on: its next events are gathered while the batch is still being queued."""
+
+    async def test(server: Any, flow: Any) -> None:
+        x, d, b, c = (Stepped(server) for _ in range(4))
+        others = [Stepped(server) for _ in range(15)]
+        x.get(amount(1))
+        server.send_waiting()
+        d.get(marked(99))
+        server.send_waiting()
+        d.get(*[marked(100 + i) for i in range(6)])
+        time.sleep(0.05)
+        for other in others:
+            other.get(command("PING"))
+        b.get(marked(2))
+        c.get(marked(3))
+        flow.collect()
+        found: list[list[Any]] = [[], [], [], []]
+        for _ in range(2000):
+            await asyncio.sleep(0.001)
+            for got, client in zip(found, (x, d, b, c)):
+                got += client.answers()
+            if sum(map(len, found)) >= 10:
+                break
+        assert found == [[1], [99 + i for i in range(7)], [2], [3]]
+        assert all(other.answers() == ["PONG"] for other in others)
+
+    stepped(test, way="pooled")
+
+
+def test_a_long_command_does_not_keep_its_thread():
+    async def test(server: Any, flow: Any) -> None:
+        long, short = Stepped(server), Stepped(server)
+        long.get(amount(*range(300)))
+        short.get(amount(5))
+        server.send_waiting()
+        found: list[Any] = []
+        for _ in range(3):  # a part of the long one, the short one, and no more
+            time.sleep(0.02)
+            flow.collect()
+            server.send_waiting()
+            found += short.answers()
+        assert found == [5]
+        answers = []
+        while not answers:
+            await asyncio.sleep(0.001)
+            with contextlib.suppress(Closed):
+                answers.append(long.reader.reply())
+        assert [told(a)["features"]["amount"] for a in answers[0]] == list(range(300))
+
+    stepped(test, way="pooled")
+
+
+def test_an_id_that_comes_again_in_a_command_is_answered(tmp_path):
+    """S16: it is told the decision on the first, also where the models run on the pool."""
+    app = tmp_path / "again_app.py"
+    text = APP.read_text()
+    for old, new in (
+        ("class Transaction(Event)", 'class Transaction(Event, event_id="note")'),
+        ("str | None = None", "str"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    app.write_text(text)
+
+    async def test(server: Any, flow: Any) -> None:
+        a = Stepped(server)
+        ids = ["a", "b", "a", "c", "b", "b", *[f"n{i % 40}" for i in range(80)]]
+        a.get(command("PENSTOCK.SCORE", "fraud", *[as_json(note=id) for id in ids]))
+        answers: list[Any] = []
+        while not answers:
+            await asyncio.sleep(0.001)
+            with contextlib.suppress(Closed):
+                answers.append(a.reader.reply())
+        decided: dict[str, str] = {}
+        assert len(answers[0]) == len(ids)
+        for id, answer in zip(ids, answers[0]):
+            assert not isinstance(answer, Error), answer
+            got = told(answer)
+            assert got["outcome"] == ("duplicate" if id in decided else "applied")
+            assert decided.setdefault(id, got["id"]) == got["id"]
+
+    stepped(test, way="pooled", app=app)
+
+
+def test_half_commands_of_all_connections_together_have_a_limit():
+    async def test(server: Any, flow: Any) -> None:
+        server.max_parts = 200_000
+        half = b"*2\r\n$4\r\nECHO\r\n$60000\r\n" + b"x" * 30000
+        clients = [Stepped(server) for _ in range(6)]
+        for client in clients:
+            client.get(half)
+        kept = [client for client in clients if not client.pipe.closing]
+        assert len(kept) == 6
+        for client in clients:
+            client.get(b"x" * 25000)
+        assert server.part_bytes <= 200_000
+        closed = [client for client in clients if client.pipe.closing]
+        kept = [client for client in clients if not client.pipe.closing]
+        assert len(kept) == 3
+        for client in closed:
+            (error,) = client.answers()
+            assert str(error).startswith("ERR too_much commands whose rest has not come take ")
+            client.connection.connection_lost(None)
+        small = Stepped(server)  # a little may always wait
+        small.get(half[:1000])
+        for client in kept:
+            client.get(b"x" * 5000 + b"\r\n")
+            server.send_waiting()
+            assert client.reader.reply() == b"x" * 60000
+        assert not small.pipe.closing
+        # Their arguments count too; what was answered before is not lost; those that go give theirs back.
+        few = Stepped(server)
+        few.get(amount(1), half)
+        few.get(b"x" * 1000)
+        many = Stepped(server)
+        many.get(command("PING"), b"*16384\r\n", b"$0\r\n\r\n" * 2000)
+        assert not many.pipe.closing
+        many.get(b"$0\r\n\r\n" * 14000)
+        assert many.pipe.closing
+        assert [str(a)[:12] for a in many.answers()] == ["PONG", "ERR too_much"]
+        assert few.answers() == [1]
+        last = Stepped(server)
+        last.get(amount(2), half)
+        server.max_parts = 1
+        last.get(b"x" * 20000)
+        assert [str(a)[:12] for a in last.answers()] == ["2.0", "ERR too_much"]
+        for client in (*kept, small, few, many, last):
+            client.connection.connection_lost(None)
+        assert server.part_bytes == 0
+
+    stepped(test, way="inline")
+
+
+def test_half_a_command_too_many_behind_an_event_that_waits():
+    """The event is answered first."""
+
+    async def test(server: Any, flow: Any) -> None:
+        server.max_parts = 50_000
+        a = Stepped(server)
+        a.get(amount(1), b"*2\r\n$4\r\nECHO\r\n$60000\r\n" + b"x" * 30000)
+        a.get(b"x" * 29000)
+        b = Stepped(server)
+        b.get(amount(2), b"*2\r\n$4\r\nECHO\r\n$60000\r\n" + b"x" * 59000)
+        for client, value in ((a, "1.0"), (b, "2.0")):
+            found: list[Any] = []
+            while len(found) < 2:
+                await asyncio.sleep(0.001)
+                found += client.answers()
+            assert [str(f)[:12] for f in found] == [value, "ERR too_much"]
+            assert client.pipe.closing
+
+    stepped(test)
+
+
+def test_text_errors_without_a_reason():
+    from penstock._ext.resp import RespServer
+
+    def fails(*_: Any) -> None:
+        raise UnicodeError("label too long")
+
+    async def test(server: Any, flow: Any) -> None:
+        own = RespServer(flow, pipelines=[], events=[], find_model=fails, features=fails, control=fails)
+        client = Stepped(own)
+        client.get(command("PENSTOCK.FEATURES", "spend", "a"))
+        own.send_waiting()
+        assert [str(a) for a in client.answers()] == ["ERR invalid_utf8 $: not UTF-8: label too long"]
+
+    stepped(test)
+
+
+def test_many_rows_of_a_quick_model_run_on_the_pool(model_file):
+    """An inference cannot be cut: all its rows say where it runs."""
+    from penstock._ext.infer import ServedModel, Target
+    from penstock.models.runtime import load
+
+    path, _ = model_file
+    lane = Lane("tree", row_ns=1000, may_pool=True)
+    target = Target("tree", "", lane)
+    target.model = ServedModel("tree", "1", load(path), path=path)
+
+    async def test(server: Any, flow: Any) -> None:
+        client = Stepped(server)
+        rows = np.random.default_rng(1).normal(size=(5000, 3)).astype(np.float32)
+        client.get(command("PENSTOCK.INFER", "tree", rows.tobytes()))
+        assert lane.pooled == 1
+        raw: list[Any] = []
+        while not raw:
+            await asyncio.sleep(0.001)
+            with contextlib.suppress(Closed):
+                raw.append(client.reader.reply())
+        found = np.frombuffer(raw[0], np.float32 if len(raw[0]) == 20000 else np.float64)
+        ((_, _, _, wanted),) = target.model.infer([("input", "FP32", [5000, 3], rows.tobytes())])
+        assert found.tobytes() == bytes(wanted)
+
+    stepped(test, find_model=lambda name, version: target)
