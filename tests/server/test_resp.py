@@ -705,10 +705,10 @@ def test_a_reader_that_does_not_read_costs_only_itself(served):
 
 
 def test_deep_pipelines_give_others_their_turn(served):
-    """100,000 commands on one connection while another asks one at a time."""
+    """60,000 commands on one connection while another asks one at a time."""
     with served.client() as deep, served.client() as other:
         data = command("PENSTOCK.SCORE", "fraud", as_json(customer="deep"))
-        n = 20000
+        n = 60000
         sender = threading.Thread(target=deep.send, args=(data * n,))
         sender.start()
         taken = []
