@@ -489,6 +489,9 @@ static void *run(void *argument) {
     int64_t next_tick = 0, next_sync = L->sync_us > 0 ? 0 : INT64_MAX; /* however long the sync before took */
     /* On a core that it shares with the writer it is preempted as soon as the writer has work. */
     setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), NICE);
+    /* And when it wakes it does not push the writer off the core. */
+    struct sched_param none = {0};
+    pthread_setschedparam(pthread_self(), SCHED_BATCH, &none);
     for (;;) {
         pthread_mutex_lock(&L->lock);
         if (!L->stop && !(L->wanted > L->synced && !failed(L)) && !L->sealing) {
