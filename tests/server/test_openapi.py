@@ -14,6 +14,8 @@ import pytest
 HERE = Path(__file__).parent
 SCHEMATHESIS = Path(sys.executable).with_name("schemathesis")
 
+EXAMPLES = "25" if os.environ.get("CI") == "true" else "4"
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
@@ -68,7 +70,7 @@ def _run(server, *arguments):
     done = subprocess.run(
         [
             *(SCHEMATHESIS, "--config-file", HERE / "schemathesis.toml", "run", server.url + "/openapi.json"),
-            *("--no-color", "--phases", "examples,coverage,fuzzing", "--max-examples", "25", "--seed", "1"),
+            *("--no-color", "--phases", "examples,coverage,fuzzing", "--max-examples", EXAMPLES, "--seed", "1"),
             *arguments,
         ],
         capture_output=True,
