@@ -426,7 +426,8 @@ class Engine:
             try:
                 bound.append(self._bind(plan, step))
             except (DefinitionError, ValueError, PenstockError) as error:
-                problems.append(f'pipeline "{plan.name}": model {step.model.ref}: {error}')
+                text, ref = str(error), f"model {step.model.ref}: "
+                problems.append(f'pipeline "{plan.name}": {ref}{text.removeprefix(ref)}')
         if problems:
             raise DefinitionError(problems)
         models: list[tuple[str, str]] = []

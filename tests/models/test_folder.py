@@ -89,7 +89,7 @@ def test_what_is_no_file_is_no_model(root):
     for make in (os.mkfifo, os.mkdir, lambda path: os.symlink("gone", path)):
         path.rmdir() if path.is_dir() else path.unlink()
         make(path)
-        with pytest.raises(ModelError, match=r"expected one of .* found model\.onnx"):
+        with pytest.raises(ModelError, match=r"expected one of .* found model\.onnx \(no file\)"):
             resolve(root, "fraud@1")
 
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from models.folders import N_INPUTS, expected, put, trained
 
 from penstock._ext.trees import TreeModel, compile_form
+from penstock.models import loader as loader_module
 from penstock.models.folder import ModelError
-from penstock.models.loader import Loader, build
+from penstock.models.loader import Loader, Scan, build
 from penstock.models.runtime import load
 from penstock.models.trees import load_trees, read_ensemble
 
@@ -92,6 +93,46 @@ def test_a_file_that_is_not_there(loader, tmp_path):
         loader.compile(str(tmp_path / "model.txt"), "m@1")
     with pytest.raises(ModelError, match=r"no model file; expected one of \.onnx"):
         loader.compile(str(tmp_path / "model.pkl"), "m@1")
+
+
+def test_a_folder_that_cannot_be_read_is_no_other_models_problem(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        put(tmp_path, name, "1", trained(1))
+    closed = {"b"}
+
+    def versions(root, name):
+        if name in closed:
+            raise PermissionError(13, "Permission denied")
+        return ["1"]
+
+    monkeypatch.setattr(loader_module, "versions", versions)
+    child, look = loader_module._Child(), Scan(root=str(tmp_path))
+    a, b = child.scan(look).found
+    assert ([v.version for v in a.versions], a.unread, a.problem) == (["1"], False, "")
+    assert (b.versions, b.unread, b.gone) == ([], True, False)
+    assert b.problem == "model b: cannot read its folder: Permission denied"
+    assert child.scan(look).found == []
+    closed.clear()
+    assert [one.name for one in child.scan(look).found] == ["b"]  # moving, until the next look
+    (b,) = child.scan(look).found
+    closed.add("b")
+    (held,) = child.scan(look).found
+    assert (held.versions, held.unread, held.gone) == (b.versions, True, False)
+
+
+def test_model_files_in_the_wrong_place_are_told(tmp_path):
+    put(tmp_path, "sp ace", "1", trained(1))
+    put(tmp_path, "flat", ".", trained(1))
+    put(tmp_path, ".hidden", "1", trained(1))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("")
+    child, look = loader_module._Child(), Scan(root=str(tmp_path))
+    flat, space = child.scan(look).found
+    assert "not served: model.txt belongs in a version's folder, flat/1/model.txt" in flat.problem
+    assert "sp ace: not served: names are letters" in space.problem
+    assert flat.gone
+    assert space.gone
+    assert child.scan(look).found == []
 
 
 def test_content_that_is_in_no_folder(loader):

@@ -137,9 +137,12 @@ def model_file(folder: Path, ref: str) -> Path:
             path for path in folder.iterdir() if path.stem == "model" and path.suffix in SUFFIXES and path.is_file()
         )
         if len(files) != 1:
-            held = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+            held = ", ".join(
+                path.name.encode(errors="backslashreplace").decode() + ("" if path.is_file() else " (no file)")
+                for path in sorted(folder.iterdir())[:20]
+            )
             raise ModelError(
-                f"model {ref!r}: expected one of model{', model'.join(SUFFIXES)} in {folder}, found {held}"
+                f"model {ref!r}: expected one of model{', model'.join(SUFFIXES)} in {folder}, found {held or 'nothing'}"
             )
     except OSError as error:
         raise ModelError(f"model {ref!r}: cannot read {folder}: {error.strerror}") from None

@@ -27,7 +27,7 @@ from typing import Any
 
 import msgspec
 
-from .folder import SUFFIXES, ModelError, aliases, is_name, model_file, models, versions
+from .folder import SUFFIXES, ModelError, aliases, is_name, model_file, versions
 from .runtime import Runtime
 from .tree_ensemble import TreePorts
 
@@ -55,13 +55,15 @@ class FoundVersion(msgspec.Struct, frozen=True):
 
 
 class FoundModel(msgspec.Struct, frozen=True):
-    """A model in the folder. gone: it is not there, or has no version any more."""
+    """A model in the folder. gone: it is not there, or has no version any more. unread: it could not be looked at, and
+    what was known of it holds."""
 
     name: str
     versions: list[FoundVersion] = []
     aliases: dict[str, str] = {}
     problem: str = ""
     gone: bool = False
+    unread: bool = False
 
 
 class Compiled(msgspec.Struct, frozen=True, kw_only=True):
@@ -441,14 +443,29 @@ class _Child:
         if not os.path.isdir(root):
             raise ModelError(f"{root}: the model folder is not there")
         try:
-            names = models(root)
+            names = sorted(os.listdir(root))
         except OSError as error:
             raise ModelError(f"{root}: cannot read the model folder: {error.strerror}") from None
-        now = {name: self.look(root, name, before.get(name), not whole) for name in names if is_name(name)}
+        now = {}
+        for name in names:
+            found = self.find(root, name, before.get(name), not whole)
+            if not found.gone or found.problem:
+                now[name] = found
         self.seen[root] = now
         changed = [model for name, model in now.items() if whole or model != before.get(name)]
         changed += [FoundModel(name, gone=True) for name in before if name not in now]
         return Answer(found=changed, whole=whole)
+
+    def find(self, root: str, name: str, before: FoundModel | None, settle: bool) -> FoundModel:
+        """As look(), for whatever the folder holds: what cannot be read stays as it was, and is no other's problem."""
+        try:
+            found = self.look(root, name, before, settle) if is_name(name) else FoundModel(name, gone=True)
+        except ModelError as error:
+            known = before or FoundModel(name)
+            return msgspec.structs.replace(known, problem=str(error), gone=False, unread=True)
+        if found.gone and name.isprintable() and not name.startswith("."):
+            found = msgspec.structs.replace(found, problem=_misplaced(Path(root) / name))
+        return found
 
     def compile(self, request: Compile, given: int) -> tuple[Answer, int]:
         path = Path(request.path)
@@ -496,6 +513,19 @@ class _Child:
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(data) != after.st_size:
             raise ModelError(f"model {request.name}: {path} was written while it was read; load it again")
         return data, after
+
+
+def _misplaced(folder: Path) -> str:
+    """What an operator should know of a folder that is no model: '' unless a model file lies in it."""
+    for below in ("", "1/"):
+        for suffix in SUFFIXES:
+            if os.path.exists(folder / f"{below}model{suffix}"):  # which, other than Path.exists(), never raises
+                if not is_name(folder.name):
+                    return f"{folder}: not served: names are letters, digits, '_', '-' and '.'"
+                return (
+                    f"{folder}: not served: model{suffix} belongs in a version's folder, {folder.name}/1/model{suffix}"
+                )
+    return ""
 
 
 def _stamp(found: FoundVersion) -> tuple[str, int, int, int]:

@@ -176,9 +176,14 @@ class ModelRepository:
         """Load what `control` says, in this thread, before anything serves. A model that fails is in the index; where
         the folder cannot be read, ModelError is raised."""
         found, _ = self.loader.scan(self.root, whole=True)
+        for one in found:
+            if one.problem:
+                self._warn(one.problem)
+        unread = {one.name: one.problem for one in found if one.unread}
+        found = [one for one in found if not (one.gone or one.unread)]
         wanted = None if self.control != "explicit" else set(self.names or ())
         for missing in sorted((wanted or set()) - {model.name for model in found}):
-            raise UnknownModel(f"model {missing} is not in {self.root}; {_there_is(found)}")
+            raise UnknownModel(unread.get(missing) or f"model {missing} is not in {self.root}; {_there_is(found)}")
         tasks: list[tuple[_Model, FoundModel, list[FoundVersion]]] = []
         for one in found:
             model = self._of(one.name)
@@ -345,8 +350,8 @@ class ModelRepository:
         async with model.lock:
             if found.problem:
                 self._warn(found.problem)
-            if model.given:
-                pass  # what came with a load is not the folder's
+            if model.given or found.unread:
+                pass  # what came with a load is not the folder's; what cannot be read stays as it is
             elif found.gone:
                 self._swap(model, [], {}, {})
                 self._models.pop(found.name, None)
@@ -354,7 +359,7 @@ class ModelRepository:
             elif not model.unloaded:
                 for problem in await self._bring(model, found, None):
                     self._warn(problem)
-            if self.pipelines is not None and not found.gone:
+            if self.pipelines is not None and not (found.gone or found.unread):
                 for problem in await self._swap_pipelines(found):
                     self._warn(problem)
 
