@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="print an app's plan as tables, or what is wrong with it")
     check.add_argument("app", help="a Python file or module with the app's definitions")
     check.add_argument("--models", metavar="DIR", help="also bind the models in this folder")
-    serve = commands.add_parser("serve", help="serve an app over HTTP", add_help=False)
+    serve = commands.add_parser("serve", help="serve an app, a folder of models, or both", add_help=False)
     serve.add_argument("rest", nargs=argparse.REMAINDER)
     demo = commands.add_parser("demo", help="run the fraud benchmark, then serve it", add_help=False)
     demo.add_argument("rest", nargs=argparse.REMAINDER)

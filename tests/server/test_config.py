@@ -52,6 +52,14 @@ def test_text_and_numbers_are_taken_alike(tmp_path):
         ({}, {}, "[server]\nport = true", "server.port: "),
         ({}, {}, "[server]\nhead_timeout = 0", "server.head_timeout: "),
         ({}, {"PENSTOCK_HEAD_TIMEOUT": "nan"}, "", "PENSTOCK_HEAD_TIMEOUT: "),
+        ({}, {}, "[limits.m]\nqueue_rows = 0", "limits.m.queue_rows: Expected `int` >= 1"),
+        ({}, {}, "[limits.m]\nqueue-rows = 1", "limits.m: Object contains unknown field `queue-rows`"),
+        ({}, {}, "[limits]\nm = 1", "limits.m: Expected `object`, got `int`"),
+        ({"models": ""}, {}, "", "--models: expected a folder"),
+        ({"resp_port": 0}, {"PENSTOCK_PASSWORD": ""}, "", "PENSTOCK_PASSWORD: expected a password"),
+        ({"password": "x"}, {}, "", "--password: "),
+        ({"grpc_port": 0}, {}, "", "--grpc-port: gRPC serves models"),
+        ({"load": "m", "models": "m"}, {}, "", "--load: "),
     ],
 )
 def test_refused(file, flags, environment, text, place):
@@ -77,6 +85,12 @@ def test_flags_refused(arguments, capsys):
         parse_flags(arguments)
     assert caught.value.code == 2
     assert "penstock serve" in capsys.readouterr().err
+
+
+def test_the_file_may_name_the_models(file, monkeypatch):
+    monkeypatch.chdir(file('[server]\nmodels = "m"').parent)
+    assert parse_flags([]) == (None, {})
+    assert load_config({}, {}).models == "m"
 
 
 def test_every_setting_has_help(capsys):

@@ -49,7 +49,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     models: Annotated[str | None, Meta(description="model folder: DIR/<name>/<version>/model.*")] = None
     models_control: Annotated[
         Literal["none", "explicit", "poll"],
-        Meta(description="models are loaded: none at start; explicit on request; poll by watching the folder too"),
+        Meta(
+            description="poll: the folder is watched; explicit: models load on request; none: they stay as at the start"
+        ),
     ] = "poll"
     load: Annotated[str | None, Meta(description="with explicit: models to load at start, separated by commas")] = None
     poll_interval: Annotated[float, Meta(gt=0, le=86400, description="between two looks at the model folder, s")] = 1.0
@@ -125,17 +127,31 @@ def load_config(
             message = str(error).partition(" - at `")[0].partition(", got ")[0]
             raise ConfigError(f"{place[name]}: {message}, got {value!r}") from None
     config = msgspec.convert(merged, ServerConfig, strict=False)
-    try:
-        config = msgspec.structs.replace(config, limits=msgspec.convert(limits, dict[str, Limits]))
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{file}: limits: {error}") from None
+    own: dict[str, Limits] = {}
+    for name, table in limits.items():
+        try:
+            own[name] = msgspec.convert(table, Limits)
+        except msgspec.ValidationError as error:
+            message, _, at = str(error).partition(" - at `$.")
+            raise ConfigError(f"{file}: limits.{name}{'.' + at.rstrip('`') if at else ''}: {message}") from None
+    config = msgspec.structs.replace(config, limits=own)
     for name, check in (("log_sync", parse_sync), ("log_retention", parse_retention), ("log_parquet", check_place)):
         try:
             check(getattr(config, name))
         except ValueError as error:
             raise ConfigError(f"{place[name]}: {error}") from None
-    if config.log == "":
-        raise ConfigError(f"{place['log']}: expected a folder, got ''")
+    for name in ("log", "models", "password"):
+        if getattr(config, name) == "":
+            what = "a password" if name == "password" else "a folder"
+            raise ConfigError(f"{place[name]}: expected {what}, got ''")
+    if config.grpc_port is not None and config.models is None:
+        raise ConfigError(f"{place['grpc_port']}: gRPC serves models; name their folder with --models DIR")
+    if config.password is not None and config.resp_port is None:
+        raise ConfigError(
+            f"{place['password']}: it is for Redis clients, and there is no port for them; say --resp-port"
+        )
+    if config.load is not None and config.models_control != "explicit":
+        raise ConfigError(f"{place['load']}: every model is loaded at the start; say --models-control explicit")
     if config.log is None:
         for name in merged:
             if name.startswith("log_") or name in ("start_cold", "snapshot_bytes"):
@@ -149,7 +165,8 @@ def parse_flags(arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
 
     parser = argparse.ArgumentParser(
         prog="penstock serve",
-        description="Serve an app over HTTP. Settings come from flags, PENSTOCK_* variables, then penstock.toml.",
+        description="Serve an app, a folder of models, or both. Settings come from flags, then PENSTOCK_* variables, "
+        "then penstock.toml.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -187,7 +204,8 @@ def parse_flags(arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
         )
     options = vars(parser.parse_args(list(arguments)))
     app = options.pop("app")
-    if app is None and options["models"] is None and "PENSTOCK_MODELS" not in os.environ:
+    named = options["models"] is not None or "PENSTOCK_MODELS" in os.environ
+    if app is None and not named and "models" not in _from_file(Path("penstock.toml"))[0]:
         parser.error("nothing to serve: name an app, or a model folder with --models DIR")
     return app, {name: value for name, value in options.items() if value is not None}
 

@@ -57,6 +57,7 @@ def run(app: App | Engine | None, config: ServerConfig) -> int:
         engine = _engine(app, config)
         try:
             repository = _repository(engine, config)
+            _check_limits(engine, config, repository)
             import uvloop
 
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -143,7 +144,22 @@ def _repository(engine: Engine, config: ServerConfig) -> ModelRepository | None:
     for row in repository.index():
         if row["state"] != "READY" and config.models_control != "explicit":
             print(f"penstock: warning: {row['reason']}", file=sys.stderr, flush=True)
+    if not repository.index():
+        print(f"penstock: warning: {config.models} holds no models, DIR/<name>/<version>/model.*", file=sys.stderr)
     return repository
+
+
+def _check_limits(engine: Engine, config: ServerConfig, repository: ModelRepository | None) -> None:
+    """Say which limits hold for nothing that is served. Only a warning: a model may come later."""
+    names = {*engine.plan.pipelines, *engine.plan.events}
+    if repository is not None:
+        names.update(row["name"] for row in repository.index())
+    for name in config.limits:
+        if name not in names:
+            there = f"there are {', '.join(sorted(names)[:20])}" if names else "there is none"
+            print(
+                f"penstock: warning: limits.{name}: no pipeline, event or model of that name; {there}", file=sys.stderr
+            )
 
 
 class Serving:

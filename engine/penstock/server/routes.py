@@ -54,7 +54,7 @@ def lane_of(config: ServerConfig, name: str, *, row_ns: int = 0, may_pool: bool 
 
 
 def pipeline_lanes(engine: Engine, config: ServerConfig) -> dict[str, Lane]:
-    """One lane per pipeline, for every protocol that scores it; what its models cost is known before the first event."""
+    """One lane per pipeline, for every protocol that scores it; its models' cost is known before the first event."""
     return {
         pipeline.name: lane_of(
             config, pipeline.name, row_ns=_models_ns(engine, pipeline) + CORE_NS, may_pool=bool(pipeline.models)
