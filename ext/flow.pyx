@@ -246,6 +246,10 @@ cdef class Flow:
                 wait = self.short.before(priority)
             # A quarter is left for what the estimate does not see: its own error, the kernel, the way back.
             if now + wait + cost > deadline[0] - timeout // 4:
+                if wait == 0 and lane.pooled == 0:
+                    # Only the estimate speaks against it, and it learns nothing from what is refused: it fades, until
+                    # one is let through that shows what a row costs now.
+                    lane.row_ns -= (lane.row_ns >> 6) + (lane.row_ns > 1)
                 lane.refused_late += 1
                 return LATE
         lane.admitted += 1

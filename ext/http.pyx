@@ -996,7 +996,10 @@ cdef class Connection(WireConnection):
         """Refused by admission, or dropped from the queue: nothing of it was read beyond its head."""
         if why == FULL:
             return self.refuse(head, 503, "overloaded", "the queue is full; retry later", None, NOTHING)
-        return self.refuse(head, 503, "deadline", "it could not be answered by its deadline; retry later", None, NOTHING)
+        text = "it could not be answered by its deadline; retry later"
+        if head.route is not None and head.route.lane is not None:
+            text += f" (a row takes about {(<Lane>head.route.lane).row_ns / 1e6:.3g} ms)"
+        return self.refuse(head, 503, "deadline", text, None, NOTHING)
 
     cdef int refuse(self, Head head, int status, str code, str message, object path, bytes extra) except -1:
         """The JSON error of a refused request."""

@@ -450,6 +450,7 @@ LANE_FAMILIES = (
     ("penstock_lane_waiting_rows", "gauge", "Rows that wait now."),
     ("penstock_lane_pooled", "gauge", "Requests on the native pool now."),
     ("penstock_lane_queue_seconds", "histogram", "How long queued requests waited."),
+    ("penstock_lane_row_seconds", "gauge", "What a row of a pipeline or an event type is taken to cost when it comes."),
 )
 
 
@@ -477,7 +478,7 @@ cdef class Lanes(Part):
                 *(sample(names[2], labels(lane=name, reason=reason)) for reason in ("full", "late", "dropped")),
                 sample(names[3], one), sample(names[4], one),
                 *(sample(names[5] + "_bucket", labels(lane=name, le=bound)) for bound in bounds(WAITS)),
-                sample(names[5] + "_sum", one), sample(names[5] + "_count", one),
+                sample(names[5] + "_sum", one), sample(names[5] + "_count", one), sample(names[6], one),
             ]
         return found
 
@@ -530,6 +531,11 @@ cdef class Lanes(Part):
             text.nanoseconds(sums[i].waited_ns)
             end_line(text)
             text.line(<bytes>before[8 + N_WAITS], total)
+        text.put(<bytes>self.heads[6])
+        for i in range(min(<Py_ssize_t>len(lanes), <Py_ssize_t>63)):
+            text.put(<bytes>(<list>lines[i])[9 + N_WAITS])
+            text.nanoseconds((<Lane>lanes[i]).row_ns)
+            end_line(text)
         return 0
 
 

@@ -93,7 +93,7 @@ class Client:
 class Served:
     """A running server: its engine, its HttpServer, its port."""
 
-    def __init__(self, **limits: Any) -> None:
+    def __init__(self, lanes: Any = None, **limits: Any) -> None:
         from penstock import Engine
         from penstock._ext.flow import Flow
         from penstock.server.config import ServerConfig
@@ -102,7 +102,7 @@ class Served:
         self.engine = Engine(APP)
         self.state = {"ready": True}
         self.flow = Flow(1)
-        self.server = build_server(self.engine, ServerConfig(**limits), self.state, flow=self.flow)
+        self.server = build_server(self.engine, ServerConfig(**limits), self.state, flow=self.flow, lanes=lanes)
         self.period = min(0.5, ServerConfig(**limits).head_timeout / 4)
         self.started = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)

@@ -636,3 +636,19 @@ def test_stopping_answers_what_is_queued(wire: Any, queued: bool) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_an_estimate_that_is_too_high_fades(wire: Any) -> None:
+    """A lane that is thought too slow for its deadline answers again, though what is refused teaches it nothing."""
+    from penstock._ext.flow import Lane
+
+    lanes = {"fraud": Lane("fraud", row_ns=50_000_000, default_timeout=0.02, max_timeout=0.02)}
+    with wire.Served(lanes=lanes) as served, served.client() as client:
+        statuses = []
+        for _ in range(400):
+            client.send(wire.request("/v1/score/fraud", wire.transaction()))
+            statuses.append(client.read().status)
+            if statuses[-1] == 200:
+                break
+        assert statuses[0] == 503
+        assert statuses[-1] == 200
