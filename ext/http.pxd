@@ -125,6 +125,7 @@ cdef class Connection(WireConnection):
     cdef int infer(self, Head head, const char *p, size_t n, bytes held) except -1
     cdef int call(self, Head head, bytes body) except -1
     cdef int answer_events(self, Head head, bytes body) except -1
+    cdef int answer_event(self, Head head, object event) except -1
     cdef int answer_many(self, Head head, list answers) except -1
     cdef int wait_for(self, HttpWork work) except -1
     cdef int released(self) except -1

@@ -72,14 +72,14 @@ cdef enum:
     GZIP = 1
     DEFLATE = 2
 
-STATUSES = (200, 400, 404, 405, 408, 409, 413, 415, 417, 422, 431, 500, 501, 503, 0)
+STATUSES = (200, 400, 404, 405, 408, 413, 415, 417, 422, 431, 500, 501, 503, 0)
 BUCKETS = (10e-6, 20e-6, 30e-6, 50e-6, 75e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 100e-3, 1.0)
 cdef int64_t BOUNDS[16]
 for _i, _b in enumerate(BUCKETS):
     BOUNDS[_i] = <int64_t>round(_b * 1e9)
 
 cdef dict PHRASES = {
-    200: b"OK", 400: b"Bad Request", 404: b"Not Found", 405: b"Method Not Allowed", 408: b"Request Timeout", 409: b"Conflict",
+    200: b"OK", 400: b"Bad Request", 404: b"Not Found", 405: b"Method Not Allowed", 408: b"Request Timeout",
     413: b"Content Too Large", 415: b"Unsupported Media Type", 417: b"Expectation Failed",
     422: b"Unprocessable Content", 431: b"Request Header Fields Too Large", 500: b"Internal Server Error",
     501: b"Not Implemented", 503: b"Service Unavailable",
@@ -705,13 +705,12 @@ cdef class Connection(WireConnection):
     cdef int score(self, Head head, const char *p, size_t n, bytes held) except -1:
         cdef Route route = head.route
         cdef Lane lane = route.lane
-        cdef size_t at = 0
+        cdef size_t at
         cdef int64_t rows = 1
         cdef int64_t deadline = 0
         cdef int admitted = INLINE
         cdef HttpWork work
-        while at < n and (p[at] == b" " or p[at] == b"\n" or p[at] == b"\r" or p[at] == b"\t"):
-            at += 1
+        at = blanks(p, n)
         if at == n:
             raise RequestError(400, "malformed_json", "body: expected a JSON object or an array of them, got nothing", "$")
         if lane is not None:
@@ -739,30 +738,29 @@ cdef class Connection(WireConnection):
     cdef int answer_events(self, Head head, bytes body) except -1:
         """Score or ingest now, one event or an array, and put the answer into the output buffer."""
         cdef Route route = head.route
-        cdef bytes payload
-        cdef const char *p = PyBytes_AS_STRING(body)
-        cdef Decision decision
         cdef list events
         cdef int64_t began
-        while p[0] == b" " or p[0] == b"\n" or p[0] == b"\r" or p[0] == b"\t":
-            p += 1
-        if p[0] == b"[":
+        if first_of(body) == b"[":
             events = route.decode_many(body)
             if route.lane is not None and len(events):
                 learn_row_bytes(route.lane, PyBytes_GET_SIZE(body) // len(events))
             if route.native == SCORE:
                 return self.answer_many(head, route.core.score_many(route.index, events, head.ingest, head.explain))
             return self.answer_many(head, route.core.ingest_many(route.index, events))
-        if route.native == SCORE:
-            decision = route.core.score(route.index, route.decode_one(body), head.ingest, head.explain)
-            payload = decision.json(True) if head.explain else decision.json()
-        else:
-            payload = encode({"accepted": 1, "outcomes": {route.core.ingest(route.index, route.decode_one(body)): 1}})
         began = self.started
-        self.respond(head, 200, JSON, payload, NOTHING)
+        self.answer_event(head, route.decode_one(body))
         if route.lane is not None:
             (<Lane>route.lane).observe(1, self.started - began)
         return 0
+
+    cdef int answer_event(self, Head head, object event) except -1:
+        """Score or ingest one event now."""
+        cdef Route route = head.route
+        if route.native == SCORE:
+            return self.respond(head, 200, JSON,
+                                route.core.score(route.index, event, head.ingest, head.explain).json(head.explain), NOTHING)
+        return self.respond(head, 200, JSON, encode({"accepted": 1, "outcomes": {route.core.ingest(route.index, event): 1}}),
+                            NOTHING)
 
     cdef int answer_many(self, Head head, list answers) except -1:
         """The decisions, or the outcomes, of an array."""
@@ -1140,8 +1138,6 @@ cdef class HttpWork(Work):
         """One event: on the pool; or together with those behind it that ask the same."""
         cdef Route route = self.head.route
         cdef int64_t began = ps_http_now()
-        cdef Decision decision
-        cdef bytes payload
         if self.pooled and route.native == SCORE:
             self.block = route.core.begin_apart(route.pipe, [route.decode_one(self.body)], self.head.ingest,
                                                 self.head.explain)
@@ -1151,18 +1147,10 @@ cdef class HttpWork(Work):
             self.job.call = run_block
             self.job.arg = &self.block.parts
             return NATIVE
-        if route.native == EVENTS:
-            self.ready()
-            payload = encode({"accepted": 1, "outcomes": {route.core.ingest(route.index, route.decode_one(self.body)): 1}})
-            self.connection.respond(self.head, 200, JSON, payload, NOTHING)
-            self.lane.observe(1, ps_http_now() - began)
-            return DONE
         event = route.decode_one(self.body)
-        together = self.join(began, [self], [event])
-        if together is None:
+        if route.native == EVENTS or self.join(began, [self], [event]) is None:
             self.ready()
-            decision = route.core.score(route.index, event, self.head.ingest, self.head.explain)
-            self.connection.respond(self.head, 200, JSON, decision.json(self.head.explain), NOTHING)
+            self.connection.answer_event(self.head, event)
             self.lane.observe(1, ps_http_now() - began)
         return DONE
 
@@ -1323,8 +1311,14 @@ cdef void learn_row_bytes(Lane lane, int64_t each) noexcept:
     lane.row_bytes += (min(max(each, <int64_t>16), <int64_t>1024) - lane.row_bytes) // 8
 
 
+cdef size_t blanks(const char *p, size_t n) noexcept:
+    """How many blanks JSON may begin with stand at p."""
+    cdef size_t at = 0
+    while at < n and (p[at] == b" " or p[at] == b"\n" or p[at] == b"\r" or p[at] == b"\t"):
+        at += 1
+    return at
+
+
 cdef char first_of(bytes body) noexcept:
-    cdef const char *p = PyBytes_AS_STRING(body)
-    while p[0] == b" " or p[0] == b"\n" or p[0] == b"\r" or p[0] == b"\t":
-        p += 1
-    return p[0]
+    """The first byte that is no blank; 0 where there is none."""
+    return PyBytes_AS_STRING(body)[blanks(PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body))]
