@@ -6,6 +6,7 @@
  */
 #include "window_state.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -821,16 +822,57 @@ static inline uint32_t summary_bytes(const ps_store *S) {
     return ((uint32_t)S->n_summaries * (uint32_t)(sizeof(winner_t) + sizeof(rest_t)) + 15) & ~15u;
 }
 
-static ref_t chunk_new(ps_store *S, uint32_t units) {
-    uint32_t size;
-    int class = size_class(units, &size);
-    ref_t ref = heap_alloc(S, size);
+/* What a chunk of some size is: the one place that knows. full: it has room for summaries, and is the largest. */
+typedef struct {
+    uint32_t size; /* units, of its class */
+    uint8_t class, full;
+    uint16_t head, capacity;
+} chunk_form_t;
+
+static chunk_form_t chunk_form(const ps_store *S, uint32_t units) {
+    chunk_form_t form = {0};
+    form.class = (uint8_t)size_class(units, &form.size);
+    form.full = form.size >= S->full_chunk_units;
+    form.head = (uint16_t)(sizeof(chunk_t) + (form.full ? summary_bytes(S) : 0));
+    form.capacity = (uint16_t)((form.size * UNIT - form.head) / ((uint32_t)S->stride * 8));
+    return form;
+}
+
+/* What an only chunk of this class grows into: of twice the size, and full where that would hold as much or more. */
+static chunk_form_t chunk_form_after(const ps_store *S, int class) {
+    chunk_form_t full = chunk_form(S, S->full_chunk_units), next = chunk_form(S, class_size(class) * 2 - 1);
+    return next.full || next.capacity >= full.capacity ? full : next;
+}
+
+/* Of a chunk that lies in the mapping, also one of an older version; NULL, or what is wrong with it. */
+static const char *chunk_fault(const ps_store *S, const chunk_t *c) {
+    uint32_t bytes = class_size(c->class) * UNIT, record = (uint32_t)S->stride * 8;
+    int summarized = c->head >= sizeof(chunk_t) + summary_bytes(S);
+    if (c->head < sizeof(chunk_t) || c->head + c->capacity * record > bytes) return "its capacity is beyond its bytes";
+    if (c->count > c->capacity) return "it holds more than its capacity";
+    if ((c->sealed || c->next) && !summarized) return "it has no room for the summaries that it needs";
+    return NULL;
+}
+
+#ifdef PENSTOCK_DEBUG
+#define CHECK_CHUNK(S, c)                                                                                              \
+    do {                                                                                                               \
+        const char *fault = chunk_fault(S, c);                                                                         \
+        if (fault) {                                                                                                   \
+            fprintf(stderr, "window state: a chunk is damaged: %s\n", fault);                                          \
+            abort();                                                                                                   \
+        }                                                                                                              \
+    } while (0)
+#else
+#define CHECK_CHUNK(S, c) ((void)0)
+#endif
+
+static ref_t chunk_new(ps_store *S, chunk_form_t form) {
+    ref_t ref = heap_alloc(S, form.size);
     if (!ref) return 0;
     chunk_t *c = AT(S, chunk_t, ref);
-    uint32_t head = sizeof(chunk_t), record = (uint32_t)S->stride * 8;
-    if (units >= S->full_chunk_units) head += summary_bytes(S);
-    memset(c + 1, 0, head - sizeof(chunk_t));
-    *c = (chunk_t){0, 0, 0, (uint16_t)((size * UNIT - head) / record), (uint16_t)head, 0, (uint8_t)class};
+    memset(c + 1, 0, form.head - sizeof(chunk_t));
+    *c = (chunk_t){0, 0, 0, form.capacity, form.head, 0, form.class};
     return ref;
 }
 
@@ -851,6 +893,7 @@ OFF_PATH static void seal(const ps_store *S, chunk_t *c) {
     for (int i = 0; i < S->n_summaries; i++) summary_of(c)[i] = (winner_t){(uint64_t)INT64_MIN, NO_TIME};
     for (uint32_t i = 0; i < c->count; i++) summarize(S, record_at(S, c, i), summary_of(c));
     c->sealed = 1;
+    CHECK_CHUNK(S, c);
 }
 
 /* The event leaves the ring: every tail has passed it and no admissible read looks that far back. */
@@ -932,12 +975,11 @@ OFF_PATH static void drop_old(ps_store *S, blob_t *B, int64_t watermark) {
 /* Replaces the only chunk by one of twice the size. */
 OFF_PATH static int chunk_grow(ps_store *S, blob_t *B) {
     ref_t old = B->first;
-    uint32_t units = class_size(AT(S, chunk_t, old)->class) * 2 - 1; /* 5, 9, 17, ... */
-    if (units > S->full_chunk_units) units = S->full_chunk_units;
-    ref_t ref = chunk_new(S, units);
+    ref_t ref = chunk_new(S, chunk_form_after(S, AT(S, chunk_t, old)->class));
     if (!ref) return 0;
     chunk_t *c = AT(S, chunk_t, ref), *from = AT(S, chunk_t, old);
     c->count = from->count;
+    CHECK_CHUNK(S, c);
     memcpy(record_at(S, c, 0), record_at(S, from, 0), (uint64_t)from->count * (uint32_t)S->stride * 8);
     tail_t *tail = tails_of(S, B);
     for (uint32_t k = 0; k < S->n_tails; k++) tail[k].chunk = ref;
@@ -953,7 +995,7 @@ static inline int chunk_is_small(const ps_store *S, const chunk_t *c) {
 /* Finds the place of a new event at time t: after every event with time <= t. Makes room there. 0 without memory. */
 OFF_PATH static int place(ps_store *S, blob_t *B, int64_t t, ref_t *chunk, uint32_t *index) {
     if (UNLIKELY(!B->first)) {
-        ref_t ref = chunk_new(S, S->first_chunk_units);
+        ref_t ref = chunk_new(S, chunk_form(S, S->first_chunk_units));
         if (!ref) return 0;
         B->first = B->last = ref;
         tail_t *tail = tails_of(S, B);
@@ -974,7 +1016,7 @@ OFF_PATH static int place(ps_store *S, blob_t *B, int64_t t, ref_t *chunk, uint3
     }
     if (LIKELY(t >= B->newest || c->count == 0)) {
         if (UNLIKELY(c->count == c->capacity)) {
-            ref_t ref = chunk_new(S, S->full_chunk_units);
+            ref_t ref = chunk_new(S, chunk_form(S, S->full_chunk_units));
             if (!ref) return 0;
             seal(S, c);
             c->next = ref;
@@ -992,7 +1034,7 @@ OFF_PATH static int place(ps_store *S, blob_t *B, int64_t t, ref_t *chunk, uint3
         c = AT(S, chunk_t, ref);
     }
     if (c->count == c->capacity) { /* split */
-        ref_t fresh = chunk_new(S, S->full_chunk_units);
+        ref_t fresh = chunk_new(S, chunk_form(S, S->full_chunk_units));
         if (!fresh) return 0;
         chunk_t *d = AT(S, chunk_t, fresh);
         uint32_t half = c->count / 2u;
@@ -1066,6 +1108,7 @@ static void insert(ps_store *S, blob_t *B, ref_t chunk, uint32_t index, const ui
     if (index < before) memmove(at + S->stride, at, (uint64_t)(before - index) * (uint32_t)S->stride * 8);
     for (int i = 0; i < S->stride; i++) at[i] = rec[i];
     c->count++;
+    CHECK_CHUNK(S, c);
     if (UNLIKELY(c->sealed)) {
         summarize(S, rec, summary_of(c));
         update_rests(S, B, chunk, rec);
@@ -1994,6 +2037,45 @@ static int check_layout(const ps_layout *L, uint32_t *at) {
     return PS_STORE_OK;
 }
 
+/* The first chunk of an entity and a full one, from the record's words and the number of summaries. */
+static void size_chunks(ps_store *S) {
+    uint64_t record = (uint64_t)S->stride * 8, first = sizeof(chunk_t) + 2 * record;
+    uint64_t full = sizeof(chunk_t) + summary_bytes(S) + record * 16;
+    S->first_chunk_units = units_of(first < 80 ? 80 : first);
+    size_class(units_of(full > CHUNK_BYTES ? full : CHUNK_BYTES), &S->full_chunk_units);
+}
+
+uint32_t ps_chunk_growth(uint32_t stride, uint32_t summaries, ps_chunk_size *out, uint32_t most) {
+    ps_store of = {.stride = (int)stride, .n_summaries = (int)summaries};
+    size_chunks(&of);
+    chunk_form_t form = chunk_form(&of, of.first_chunk_units);
+    uint32_t n = 0;
+    for (;;) {
+        if (n < most) out[n] = (ps_chunk_size){form.size * UNIT, form.head, form.capacity, form.full};
+        n++;
+        if (form.full) return n;
+        form = chunk_form_after(&of, form.class);
+    }
+}
+
+/* Format 1 chose the head of a chunk by the size that was asked for, and its capacity by the size that was given: some
+ * records got full chunks without room for summaries, or a full chunk smaller than the one whose events it took over. */
+int ps_format_1_damaged(uint32_t stride, uint32_t summaries) {
+    ps_store of = {.stride = (int)stride, .n_summaries = (int)summaries};
+    size_chunks(&of);
+    uint64_t record = (uint64_t)stride * 8, bytes = sizeof(chunk_t) + summary_bytes(&of) + record * 16;
+    uint32_t full = units_of(bytes > CHUNK_BYTES ? bytes : CHUNK_BYTES), asked = of.first_chunk_units, capacity = 0;
+    for (;;) {
+        uint32_t size, had = capacity;
+        size_class(asked, &size);
+        int headed = asked >= full;
+        capacity = (uint32_t)((size * UNIT - sizeof(chunk_t) - (headed ? summary_bytes(&of) : 0)) / record);
+        if (capacity < had) return 1;
+        if (size >= full) return summaries && !headed;
+        asked = size * 2 - 1 < full ? size * 2 - 1 : full;
+    }
+}
+
 static inline int has_squares(int function) { return function >= PS_VAR_SAMP && function <= PS_STDDEV_POP; }
 
 /* Marks what the plain paths of evict, apply and read can do, and lays out what they need. */
@@ -2303,11 +2385,7 @@ static int compile(ps_store *S, const ps_layout *L) {
         if (pair->off_old_max) *IN(B, winner_t, pair->off_old_max) = none;
         if (pair->off_first) *IN(B, winner_t, pair->off_first) = none;
     }
-    uint64_t record = (uint64_t)S->stride * 8, first = sizeof(chunk_t) + 2 * record;
-    if (first < 80) first = 80;
-    S->first_chunk_units = units_of(first);
-    uint64_t full = sizeof(chunk_t) + summary_bytes(S) + record * 16;
-    S->full_chunk_units = units_of(full > CHUNK_BYTES ? full : CHUNK_BYTES);
+    size_chunks(S);
     uint64_t limbs = 0;
     for (uint32_t c = 0; c < S->n_cells; c++)
         limbs += (uint64_t)(S->cells[c].n_sums + S->cells[c].n_squares) * PS_MAX_LIMBS;

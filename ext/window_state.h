@@ -189,6 +189,14 @@ const void *ps_store_bytes(const ps_store *, uint64_t *size);
 /* Replaces the contents with bytes that ps_store_bytes gave for the same layout. */
 int ps_store_load(ps_store *, const void *bytes, uint64_t size);
 const char *ps_store_error_text(int code);
+/* The sizes that an entity's only chunk grows through, the first to the full one, for records of `stride` words and so
+ * many min and max of cells: a pure function, for tests. Returns how many there are; writes `most` at the most. */
+typedef struct {
+    uint32_t bytes, head, capacity, full;
+} ps_chunk_size;
+uint32_t ps_chunk_growth(uint32_t stride, uint32_t summaries, ps_chunk_size *out, uint32_t most);
+/* Whether stores of format 1 with such records may hold overwritten memory: then they must be built anew. */
+int ps_format_1_damaged(uint32_t stride, uint32_t summaries);
 /* The type of an output's slot (enum ps_type). */
 int ps_output_type(const ps_layout *, uint32_t output);
 

@@ -107,6 +107,14 @@ cdef extern from "window_state.h" nogil:
     const char *ps_store_error_text(int)
     int ps_output_type(const ps_layout *, uint32_t)
 
+    ctypedef struct ps_chunk_size:
+        uint32_t bytes
+        uint32_t head
+        uint32_t capacity
+        uint32_t full
+    uint32_t ps_chunk_growth(uint32_t, uint32_t, ps_chunk_size *, uint32_t)
+    int ps_format_1_damaged(uint32_t, uint32_t)
+
 
 cdef class WindowStore:
     cdef:

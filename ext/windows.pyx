@@ -283,6 +283,18 @@ cdef class WindowStore:
             self._raise(code)
 
 
+def chunk_growth(uint32_t stride, uint32_t summaries):
+    """The sizes that an entity's only chunk grows through, up to the full one: (bytes, head, capacity, is full)."""
+    cdef ps_chunk_size sizes[64]
+    cdef uint32_t i, n = ps_chunk_growth(stride, summaries, sizes, 64)
+    return [(sizes[i].bytes, sizes[i].head, sizes[i].capacity, sizes[i].full != 0) for i in range(n)]
+
+
+def format_1_damaged(uint32_t stride, uint32_t summaries):
+    """Whether stores of format 1 with such records may hold overwritten memory."""
+    return ps_format_1_damaged(stride, summaries) != 0
+
+
 cdef bytes _fill_key(ps_key *k, object key):
     cdef bytes text = b""
     memset(k, 0, sizeof(ps_key))
