@@ -218,9 +218,9 @@ class Engine:
         table: pyarrow, polars, pandas or a dict of columns, one column per field of the event. All or nothing on bad
         input: the whole table is checked first.
         Returns a pyarrow.Table with one row per input row: id, action, score, reasons, model, model_version, one
-        `arm.<experiment>` column each, outcome, and one `score.<model>` for each model that scores beside; with
-        `explain` the pipeline's features too. A repeated event's row holds the first decision (S16); its features are
-        read anew, where score() gives those of the first decision, if that was explained.
+        `arm.<experiment>` column each, outcome, degraded, and one `score.<model>` for each model that scores beside;
+        with `explain` the pipeline's features too. A repeated event's row holds the first decision (S16); its features
+        are read anew, where score() gives those of the first decision, if that was explained.
         """
         plan = self._named(pipeline) if pipeline is not None else self._only_pipeline()
         event = self.plan.events[plan.event]
@@ -417,7 +417,7 @@ class Engine:
     def _pipe(self, plan: PipelinePlan, sources: list[Source]) -> Pipe:
         event = self.plan.events[plan.event]
         actions = [plan.default_action]
-        for action in [*(step.rule.action for step in plan.rules), plan.fallback]:
+        for action in [*(step.rule.action for step in plan.rules), plan.fallback, plan.degraded_action]:
             if action is not None and action not in actions:
                 actions.append(action)
         problems: list[str] = []
@@ -436,6 +436,11 @@ class Engine:
                 models.append((name, version))
         failures = [f"function {f.name} failed" for f in plan.functions]
         failures += [f"model {step.model.ref} failed" for step in plan.models]
+        # Then why a decision is degraded, and per model which null input left it without a score; the last: none did.
+        failures.append("degraded: a feature cannot be known as of the event's time, or the event was not applied")
+        for step in plan.models:
+            what = f"model {step.model.ref} gave no score"
+            failures += [*(f"{what}: {slot.name} is null" for slot in plan.slots), what]
         texts = DecisionTexts(
             pipeline=plan.name,
             actions=actions,
@@ -634,6 +639,7 @@ class Engine:
                 "fired": np.empty(rows, dtype=np.uint64),
                 "arms": np.empty(rows * max(1, n_arms), dtype=np.int8),
                 "outcome": np.empty(rows, dtype=np.uint8),
+                "degraded": np.empty(rows, dtype=np.uint8),
             }
             verdicts = VerdictColumns(**arrays)
         texts = run_table(self.core, sets, order, columns.native, plan.index, ingest, verdicts, progress)
@@ -653,7 +659,7 @@ class Engine:
         # The first failure without a fallback is an error in score(); in a table its row has no action.
         action = arrays["action"].copy()
         if plan.fallback is None:
-            action[failed >= 0] = -1
+            action[(failed >= 0) & (failed != plan.degraded_failure)] = -1
         # Few rows give reasons, and few different lists of them: code 0 is the empty list.
         codes = np.zeros(rows, dtype=np.int32)
         kinds: list[list[str]] = [[]]
@@ -679,6 +685,7 @@ class Engine:
         for i, step in enumerate(plan.experiments):
             columns[f"arm.{step.experiment.name}"] = _words(arms[:, i], list(step.experiment.arms))
         columns["outcome"] = _words(arrays["outcome"], list(OUTCOMES))
+        columns["degraded"] = pa.array(arrays["degraded"].astype(bool))
         return columns
 
     # names
@@ -789,6 +796,7 @@ def _window_store(store: StorePlan, event: EventPlan) -> WindowStore:
         lateness=store.lateness,
         n_where=len(store.wheres),
         fingerprint=store.fingerprint,
+        retention=store.lifetime,
     )
 
 
