@@ -565,17 +565,29 @@ static void sync_all(ps_log *L, segment *sealing, segment *s, uint64_t at, uint6
     pthread_mutex_unlock(&L->lock);
 }
 
+/* The promise is one of milliseconds: the thread is not nice, and asks for short slices, for which it is given the core
+ * sooner (Linux 6.12). SCHED_BATCH: when it wakes it does not push the writer off the core, but is the next. */
+static void be_prompt(int policy) {
+    struct { /* sched_setattr(2) */
+        uint32_t size, policy;
+        uint64_t flags;
+        int32_t nice;
+        uint32_t priority;
+        uint64_t runtime, deadline, period;
+    } ask = {.size = sizeof ask, .policy = (uint32_t)policy, .runtime = 100000};
+    ask.nice = getpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid));
+    if (syscall(SYS_sched_setattr, 0, &ask, 0)) {
+        struct sched_param none = {0};
+        pthread_setschedparam(pthread_self(), policy, &none);
+    }
+}
+
 static struct timespec time_of(int64_t us) { return (struct timespec){us / 1000000, (us % 1000000) * 1000}; }
 
 static void *keep_synced(void *argument) {
     ps_log *L = argument;
     int64_t next_look = 0, next_sync = L->sync_us > 0 ? 0 : INT64_MAX; /* however long the sync before took */
-    if (L->sync_us != PS_SYNC_ALWAYS) {
-        /* When it wakes it does not push the writer off the core. It is not nice, though: that would make it wait for as
-         * long as others work, and the promise is one of milliseconds. */
-        struct sched_param none = {0};
-        pthread_setschedparam(pthread_self(), SCHED_BATCH, &none);
-    }
+    be_prompt(L->sync_us == PS_SYNC_ALWAYS ? SCHED_OTHER : SCHED_BATCH);
     for (;;) {
         pthread_mutex_lock(&L->lock);
         if (!L->stop && !(L->wanted > L->synced && !halted(L)) && !L->sealing) {
