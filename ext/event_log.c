@@ -428,6 +428,7 @@ static void log_commit(ps_log *L, ps_record *r, uint32_t bytes) {
         __atomic_store_n(&L->opened_us, clock_us(CLOCK_MONOTONIC), __ATOMIC_RELAXED);
         __atomic_store_n(&L->used, 1, __ATOMIC_RELEASE);
     }
+    if (__builtin_expect(__atomic_load_n(&L->room, __ATOMIC_RELAXED), 0)) __atomic_store_n(&L->room, 0, __ATOMIC_RELEASE);
     __atomic_store_n(&L->position, s->before + s->at, __ATOMIC_RELEASE);
 }
 
@@ -841,7 +842,7 @@ ps_log *ps_log_open(const char *folder, const char *const *watched, int n_watche
     pthread_condattr_destroy(&monotonic);
     if (prelude_size(L) + 4096 > L->segment_bytes) *error = EMSGSIZE;
     else *error = begin_segment(L, number);
-    if (full(*error)) *error = begin_without(L, number);
+    if (full(*error) && next_sequence > 0) *error = begin_without(L, number); /* there is something to read */
     if (!*error && fsync(L->dir)) *error = errno;
     if (!*error) *error = start_threads(L);
     if (*error) {

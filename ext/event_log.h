@@ -70,7 +70,7 @@ typedef struct {
 
 const ps_log_api *ps_log_get_api(void);
 /* Opens the folder for writing behind what is there: a new segment `number` is made; where the disk has no room for it,
- * appends are refused until there is. watched: paths that must go on naming what they name now. `prelude` holds n_prelude records'
+ * and the log holds events already, appends are refused until there is. watched: paths that must go on naming what they name now. `prelude` holds n_prelude records'
  * bodies (schema numbers 0, 1, ...), written at the start of every segment; marks: where the watermarks stand.
  * NULL and *error (an errno) on failure. */
 ps_log *ps_log_open(const char *folder, const char *const *watched, int n_watched, uint64_t log_id, uint64_t number,
