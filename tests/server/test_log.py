@@ -228,6 +228,7 @@ def test_a_disk_that_fails(serve, failing_disk, sync):
     rules, env = failing_disk
     server = serve("--log-sync", sync, env=env)
     server.call("/v1/score/fraud", event(1))
+    until(lambda: (log := server.call("/status")["log"])["synced"] == log["position"])
     rules.write_text("5 0")
     first = server.status("/v1/score/fraud", event(2))
     assert first[0] == (503 if sync == "always" else 200)
@@ -261,6 +262,7 @@ def test_a_disk_that_is_slow(serve, failing_disk):
     until(lambda: server.metrics()["penstock_log_late_syncs_total"] >= 1)
     assert server.metrics()["penstock_log_unsynced_age_longest_seconds"] > 0.6
     rules.unlink()
+    time.sleep(1.2)
     code, err = server.end()
     assert code == 0
     assert err.count("the event log is slow") == 1

@@ -13,7 +13,7 @@ import os
 import select
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any
 
 __all__ = ["Outlet", "never_in_the_way"]
 
@@ -90,10 +90,10 @@ def never_in_the_way() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def _is_own(stream: TextIO | None, descriptor: int) -> bool:
+def _is_own(stream: Any, descriptor: int) -> bool:
     if stream is None:
         return True
-    if stream not in (sys.__stdout__, sys.__stderr__):
+    if stream is not sys.__stdout__ and stream is not sys.__stderr__:
         return False
     try:
         with contextlib.suppress(OSError):
