@@ -93,7 +93,7 @@ def never_in_the_way() -> Iterator[None]:
 def _is_own(stream: Any, descriptor: int) -> bool:
     if stream is None:
         return True
-    if stream is not sys.__stdout__ and stream is not sys.__stderr__:
+    if all(stream is not own for own in (sys.__stdout__, sys.__stderr__)):
         return False
     try:
         with contextlib.suppress(OSError):
