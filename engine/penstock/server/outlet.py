@@ -98,6 +98,6 @@ def _is_own(stream: Any, descriptor: int) -> bool:
     try:
         with contextlib.suppress(OSError):
             stream.flush()
-        return stream.fileno() == descriptor
+        return bool(stream.fileno() == descriptor)
     except (OSError, ValueError):
         return False
