@@ -278,6 +278,7 @@ class Engine:
         """Ingest history: rows of all tables merged by event time, equal times in the order of `tables`, then of rows.
 
         tables: event type's name -> Arrow table. out: the pipeline whose event's rows are scored on the way.
+        Raises PenstockError where a row is older than what the engine has had before, less its lateness.
         Returns a pyarrow.Table with one row per row of out's event table, in that table's order: the pipeline's
         features, then, where it has models, rules or experiments (or `decisions` says so), the decision columns of
         score_batch. Without `out`: None. progress: told how many more rows are done, a few times a second.
@@ -295,6 +296,7 @@ class Engine:
             times.append(event_times(data, event))
             if scored:
                 scored_rows, scored_at = data.num_rows, position
+        self._check_replayed(dict(zip(tables, times)), plan)
         if plan is not None and not any(s for _, _, s in sets):
             raise PenstockError(f"replay: out={out!r} scores {plan.event}, but no table of {plan.event} was given")
         order = _merge_order(times)
@@ -310,6 +312,24 @@ class Engine:
                 inverse[rows] = np.arange(scored_rows)
                 result = result.take(pyarrow().array(inverse))
         return result
+
+    def _check_replayed(self, times: Mapping[str, Any], plan: PipelinePlan | None) -> None:
+        """Refuse rows that are older than what the engine has seen: they would be late, or see none of their views."""
+        reads = {self.plan.views[read.view].event for read in plan.reads} if plan is not None else set()
+        for name, column in times.items():
+            if not len(column):
+                continue
+            first = int(column.min())
+            seen = {name, *reads} if plan is not None and plan.event == name else {name}
+            for source in sorted(seen):
+                watermark = self.core.watermark(self.plan.events[source].index)
+                if watermark is None or first >= watermark - self.plan.events[source].options.lateness:
+                    continue
+                raise PenstockError(
+                    f"replay: the first {name} is of {Timestamp(first).isoformat()}, but this engine has had a {source} "
+                    f"of {Timestamp(watermark).isoformat()} already, and keeps state for the lateness of {source} back "
+                    "from there. Give all of history to one replay, which merges it by time, or take a new engine"
+                )
 
     # ingesting and reading
 

@@ -25,7 +25,7 @@ from ..timestamp import Timestamp
 from .history import History
 from .log_folder import LogFolder
 from .recovery import fed, mappings_of
-from .schemas import ScoreSchema
+from .schemas import SEMANTICS, ScoreSchema
 
 __all__ = ["FeatureParity", "Mismatch", "ParityReport", "PipelineParity", "TimeParity", "parity"]
 
@@ -82,6 +82,7 @@ class PipelineParity(msgspec.Struct, kw_only=True):
     not_found: int = 0
     by_time: TimeParity | None = None
     sampled: int | None = None  # scores that were compared, where not all were
+    older: int = 0  # scores that a Penstock of older rules logged: not compared
 
 
 class ParityReport(msgspec.Struct, kw_only=True):
@@ -134,6 +135,11 @@ class ParityReport(msgspec.Struct, kw_only=True):
                         f"  {feature.name}: decision {m.decision} as of {m.as_of}: served {m.served!r} "
                         f"({m.served_status}), the log gives {m.computed!r} ({m.computed_status})"
                     )
+            if pipeline.older:
+                lines.append(
+                    f"  {pipeline.older:,} scores were logged by an older Penstock, whose windows could be wrong: they "
+                    "are not compared"
+                )
             if pipeline.other_plans:
                 lines.append(
                     f"  {pipeline.other_plans:,} scores were made by another version of the pipeline or its models: "
@@ -315,10 +321,13 @@ def _tally(engine: Engine, plan: Any, run: HistoryRun, schemas: dict[int, ScoreS
     features = [plan.slots[i].name for i in plan.features if plan.slots[i].kind != "field"]
     by_name: dict[str, FeatureParity] = {name: FeatureParity(name=name, examples=[]) for name in features}
     decisions = FeatureParity(name="(decision)", examples=[])
-    scores = other = 0
+    scores = other = older = 0
     for mapping, rows, _, counts, decision_counts, examples in run.tallies:
         schema = schemas[id(mapping)]
         scores += rows
+        if schema.semantics < SEMANTICS:
+            older += rows
+            continue
         if schema.fingerprint != plan.fingerprint or (not mapping.same_plan and not engine.features_only):
             other += rows
         if mapping.same_plan:

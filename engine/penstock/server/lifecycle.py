@@ -121,6 +121,7 @@ def _engine(app: App | Engine | None, config: ServerConfig) -> Engine:
         sync=config.log_sync,
         scores=config.log_scores,
         start_cold=config.start_cold,
+        start_partial=config.start_partial,
         snapshot_bytes=config.snapshot_bytes,
         parquet=config.log_parquet,
         retention=config.log_retention,
