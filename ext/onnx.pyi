@@ -40,7 +40,13 @@ class OnnxModel:
 
 class OnnxTensors:
     source: str
-    def __init__(self, path: str | PathLike[str], *, name: str | None = None) -> None: ...
+    def __init__(
+        self,
+        source: str | PathLike[str] | Buffer,
+        *,
+        external_folder: str | None = None,
+        name: str | None = None,
+    ) -> None: ...
     def ports(self) -> dict[str, list[dict[str, Any]]]: ...
 
 def choose_output(ports: list[dict[str, Any]], wanted: str | None) -> int: ...

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .onnx_protobuf import DOUBLE, FLOAT, Graph, Node, read_graph
-from .tree_ensemble import Aggregate, NotATreeModel, Transform, TreeEnsemble, TreeError, below
+from .tree_ensemble import Aggregate, NotATreeModel, Transform, TreeEnsemble, TreeError, below, room_of
 
 __all__ = ["parse_onnx"]
 
@@ -359,7 +359,7 @@ def parse_onnx(data: bytes) -> TreeEnsemble:
     holds something else."""
     node, n_inputs, double = _find(read_graph(data))
     a = _Attributes(node)
-    form = TreeEnsemble(n_inputs, 1, 1)
+    form = TreeEnsemble(n_inputs, 1, 1, room=room_of(len(data)))
     form.round_input = bool(node.attributes["ps:rounded"])
     form.accumulate32 = not double
     form.transform = Transform.ONNX_REGRESSOR

@@ -215,6 +215,7 @@ class ModelRepository:
             for change in pipelines.changes(found):
                 self.table.version += 1
                 pipelines.swap(pipelines.prepare(change), self.table.version)
+                self._warn_of(pipelines)
         except ModelError as error:
             self._warn(str(error))
 
@@ -337,6 +338,10 @@ class ModelRepository:
         if text not in self.warnings:
             self.warnings = [*self.warnings[-99:], text]
 
+    def _warn_of(self, pipelines: PipelineModels) -> None:
+        while pipelines.warnings:
+            self._warn(pipelines.warnings.pop(0))
+
     def _note(self, model: _Model, found: FoundModel) -> None:
         """Versions of a model that is not to be loaded."""
         for one in found.versions:
@@ -439,6 +444,8 @@ class ModelRepository:
             entry = model.versions.setdefault(version, _Version())
             if version in made:
                 served, compiled = made[version]
+                if compiled.warning:
+                    self._warn(f"model {model.name}@{version}: {compiled.path}: {compiled.warning}")
                 entry.model, entry.sha256, entry.failed, entry.reason = served, compiled.sha256, None, ""
             elif version in problems:
                 entry.failed, entry.reason = problems[version]
@@ -476,6 +483,7 @@ class ModelRepository:
                 began = time.perf_counter_ns()
                 self.table.version += 1
                 old, nbytes = pipelines.swap(prepared, self.table.version)
+                self._warn_of(pipelines)
                 self.longest_hold_ns = max(self.longest_hold_ns, time.perf_counter_ns() - began)
                 self.worker.retire(old, nbytes)
                 del old, prepared
@@ -528,14 +536,18 @@ def _served(name: str, version: str, compiled: Compiled, memory: Any) -> Any:
         _give_way()
         return ServedModel(name, version, runtime, path=compiled.path)
     if memory is not None:
-        with memory:
-            given = f"/proc/self/fd/{memory.fileno()}"
-            return nicely(lambda: ServedModel(name, version, None, path=given))
+        folder = compiled.folder
+        return nicely(lambda: ServedModel(name, version, None, data=memory, folder=folder))
+    _check_unchanged(compiled, f"{name}@{version}")  # what was tried is what is opened
     served = nicely(lambda: ServedModel(name, version, None, path=compiled.path))
+    _check_unchanged(compiled, f"{name}@{version}")
+    return served
+
+
+def _check_unchanged(compiled: Compiled, ref: str) -> None:
     status = os.stat(compiled.path)
     if (status.st_mtime_ns, status.st_ino, status.st_size) != (compiled.mtime_ns, compiled.inode, compiled.size):
-        raise ModelError(f"model {name}@{version}: {compiled.path} was written while it was read; load it again")
-    return served
+        raise ModelError(f"model {ref}: {compiled.path} was written while it was read; load it again")
 
 
 def _there_is(found: list[FoundModel]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,18 +76,19 @@ class TreeRuntime:
 
     @classmethod
     def load(cls, path: Path, inputs: Sequence[str] | None, output: str | None, name: str) -> TreeRuntime:
-        from .trees import NotATreeModel, load_trees
+        from .trees import NotATreeModel, TreeModel, read_ensemble
 
         if output is not None:
             raise NotForThisRuntime("the kernel gives the scores of a tree ensemble, not a named output")
         try:
-            model = load_trees(path)
+            form = read_ensemble(path)
         except NotATreeModel as error:
             raise NotForThisRuntime(str(error)) from None
-        except ValueError as error:
-            raise ModelError(f"model {name}: {error}") from None
-        names = getattr(model, "feature_names", None)
-        return cls(model, bind_inputs(names, inputs, model.n_inputs, name))
+        model = TreeModel(form)
+        runtime = cls(model, bind_inputs(model.feature_names, inputs, model.n_inputs, name))
+        if form.warning:
+            warnings.warn(f"model {name}: {path}: {form.warning}", stacklevel=4)
+        return runtime
 
     @property
     def abi(self) -> int:
@@ -153,13 +155,35 @@ def load(
     """Load a model file in the runtime that fits it, ready to score.
 
     inputs: the features it takes (see bind_inputs). output: name of an ONNX output; left out, the probabilities or the
-    only scores. name: what errors call the model; left out, from the path. Raises ModelError.
+    only scores. name: what errors call the model; left out, from the path. Raises ModelError, whatever the file holds.
     """
-    path = Path(path)
-    if name is None:
-        # DIR/<name>/<version>/model.onnx
-        in_folder = path.stem == "model" and len(path.parts) > 2
-        name = f"{path.parts[-3]}@{path.parts[-2]}" if in_folder else path.name
+    try:
+        path = Path(path)
+        if name is None:
+            # DIR/<name>/<version>/model.onnx
+            in_folder = path.stem == "model" and len(path.parts) > 2
+            name = f"{path.parts[-3]}@{path.parts[-2]}" if in_folder else path.name
+        return _load(path, inputs, output, name)
+    except Exception as error:
+        before = f"model {path if name is None else name}: "
+        text = str(error)
+        if isinstance(error, OSError):
+            text = f"cannot read it: {error.strerror or error}"
+        elif isinstance(error, MemoryError):
+            text = f"memory is short: {text or 'the file asks for more than there is'}"
+        elif isinstance(error, RecursionError):
+            text = "it is nested deeper than any model"
+        elif not isinstance(error, ValueError):
+            text = f"{type(error).__name__}: {text}"
+        text = text.removeprefix(before)
+        if str(path) not in text:
+            text = f"{path}: {text}"
+        raise ModelError(before + text) from None
+
+
+def _load(path: Path, inputs: Sequence[str] | None, output: str | None, name: str) -> Runtime:
+    if isinstance(inputs, str) or not all(isinstance(feature, str) for feature in inputs or ()):
+        raise ModelError(f"model {name}: inputs: expected a list of names, got {inputs!r}")
     runtimes = RUNTIMES.get(path.suffix)
     if runtimes is None:
         raise ModelError(f"model {name}: {path} is no model file; expected one of {', '.join(RUNTIMES)}")

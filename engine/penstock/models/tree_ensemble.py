@@ -8,12 +8,14 @@ a threshold or weight here is the number the library compares or adds.
 from __future__ import annotations
 
 import math
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
-__all__ = ["Aggregate", "NotATreeModel", "Transform", "TreeEnsemble", "TreeError", "TreePorts", "below"]
+__all__ = ["Aggregate", "NotATreeModel", "Transform", "TreeEnsemble", "TreeError", "TreePorts", "below", "room_of"]
 
 
 class TreeError(ValueError):
@@ -46,7 +48,8 @@ class Transform:
     """Numbers of enum ps_trees_transform."""
 
     IDENTITY, SIGMOID, SOFTMAX, EXP, LOG1P_EXP, SIGNED_SQUARE = range(6)
-    SIGMOID_F32, SOFTMAX_F32, EXP_F32, ARGMAX, HINGE, ONNX_REGRESSOR, ONNX_CLASSIFIER = range(6, 13)
+    SIGMOID_F32, SOFTMAX_F32, EXP_F32, ARGMAX, HINGE, SORTED, ADDED_UP_F32 = range(6, 13)
+    ONNX_REGRESSOR, ONNX_CLASSIFIER = range(13, 15)
 
 
 def below(x: float, single: bool) -> float:
@@ -68,6 +71,8 @@ class TreeEnsemble:
     n_raw: int
     n_outputs: int
     feature_names: list[str] | None = None
+    room: int = 1 << 62  # how many more steps and weights there may be: what a file of its size can say
+    warning: str = ""  # what whoever loads it should know
     roots: list[int] = field(default_factory=list)
     feature: list[int] = field(default_factory=list)
     threshold: list[float] = field(default_factory=list)
@@ -75,7 +80,7 @@ class TreeEnsemble:
     no: list[int] = field(default_factory=list)
     nan_yes: list[bool] = field(default_factory=list)
     steps_begin: list[int] = field(default_factory=lambda: [0])
-    steps: list[float] = field(default_factory=list)
+    steps: array[float] = field(default_factory=lambda: array("d"))
     steps_first: list[bool] = field(default_factory=list)
     weight_begin: list[int] = field(default_factory=lambda: [0])
     weight_target: list[int] = field(default_factory=list)
@@ -100,7 +105,7 @@ class TreeEnsemble:
         yes: int,
         no: int,
         nan_yes: bool,
-        steps: list[float] | None = None,
+        steps: Sequence[float] | None = None,
         steps_first: bool = False,
     ) -> int:
         """A node that says yes to x <= threshold; or, given steps, whether steps_first flipped once per step < x."""
@@ -118,6 +123,7 @@ class TreeEnsemble:
         self.no.append(no)
         self.nan_yes.append(nan_yes)
         if steps is not None:
+            self._take(len(steps))
             self.steps.extend(steps)
         self.steps_begin.append(len(self.steps))
         self.steps_first.append(steps_first)
@@ -125,8 +131,23 @@ class TreeEnsemble:
 
     def add_leaf(self, weights: list[tuple[int, float]]) -> int:
         """A leaf that adds each weight to its target. Returns the child value that stands for it."""
+        self._take(len(weights))
         for target, weight in weights:
             self.weight_target.append(target)
             self.weight.append(weight)
         self.weight_begin.append(len(self.weight))
         return 1 - len(self.weight_begin)
+
+    def _take(self, count: int) -> None:
+        """Some numbers of a file may be named by many nodes; a few bytes are not to become gigabytes."""
+        self.room -= count
+        if self.room < 0:
+            raise TreeError(
+                f"node {len(self.feature)}: sets of categories or leaves of several values are used again and again; "
+                "together they hold more numbers than a file of this size should; write each once, for its node"
+            )
+
+
+def room_of(size: int) -> int:
+    """TreeEnsemble.room of a file: no format says more than three numbers in a byte (bits of sets of categories)."""
+    return 4 * size + 1000
