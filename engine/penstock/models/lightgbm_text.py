@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .tree_ensemble import Aggregate, Transform, TreeEnsemble, TreeError, below, room_of
+from .tree_ensemble import MOST_INPUTS, Aggregate, Transform, TreeEnsemble, TreeError, below, room_of
 
 __all__ = ["parse_lightgbm"]
 
@@ -24,19 +24,16 @@ _MISSING_NONE, _MISSING_ZERO, _MISSING_NAN = 0, 1, 2
 
 NEWEST = 4  # of `version=v4`: the newest whose files were compared with it, bit for bit
 # Every key that LightGBM 2.0 to 4.7 writes.
-_HEADER = frozenset(
-    (
-        "version num_class num_tree_per_iteration label_index max_feature_idx objective average_output feature_names "
-        "feature_infos monotone_constraints tree_sizes"
-    ).split()
+_KNOWN_HEADER = (
+    "version num_class num_tree_per_iteration label_index max_feature_idx objective average_output feature_names "
+    "feature_infos monotone_constraints tree_sizes"
 )
-_TREE = frozenset(
-    (
-        "num_leaves num_cat has_categorical split_feature split_gain threshold decision_type left_child right_child "
-        "leaf_value leaf_weight leaf_count leaf_parent leaf_depth internal_value internal_weight internal_count "
-        "cat_boundaries cat_threshold is_linear leaf_const num_features leaf_features leaf_coeff shrinkage"
-    ).split()
+_KNOWN_TREE = (
+    "num_leaves num_cat has_categorical split_feature split_gain threshold decision_type left_child right_child "
+    "leaf_value leaf_weight leaf_count leaf_parent leaf_depth internal_value internal_weight internal_count "
+    "cat_boundaries cat_threshold is_linear leaf_const num_features leaf_features leaf_coeff shrinkage"
 )
+_HEADER, _TREE = frozenset(_KNOWN_HEADER.split()), frozenset(_KNOWN_TREE.split())
 
 _T = TypeVar("_T", int, float)
 
@@ -73,6 +70,15 @@ def _category_steps(words: list[int]) -> array[float]:
             steps.append(first)
         steps.append(below(float(k + 1), False))
     return steps
+
+
+def _count_steps(words: list[int]) -> int:
+    """How many steps a set has: two for every run of categories."""
+    count = before = 0
+    for word in words:
+        count += (word & ~(word << 1 | before)).bit_count()
+        before = word >> 31
+    return 2 * count
 
 
 def _add_numeric(form: TreeEnsemble, feature: int, threshold: float, kind: int, left: bool, yes: int, no: int) -> None:
@@ -129,6 +135,14 @@ def _add_tree(form: TreeEnsemble, block: dict[str, str], target: int, where: str
             raise TreeError(f"{where}: child {k} of a tree with {leaves} leaves")
         return k + first_node if k >= 0 else k - first_leaf
 
+    # Before anything is made of them: a set that all nodes share is a few bytes for each.
+    sets: dict[float, int] = {}
+    for i in range(n):
+        k = thresholds[i]
+        if decisions[i] & _CATEGORICAL and 0 <= k < n_sets and k == int(k):
+            if k not in sets:
+                sets[k] = _count_steps(words[bounds[int(k)] : bounds[int(k) + 1]])
+            form.expect(sets[k], f"{where}: node {i}")
     form.roots.append(first_node)
     for i in range(n):
         yes, no = child(left[i]), child(right[i])
@@ -229,6 +243,8 @@ def parse_lightgbm(text: str) -> TreeEnsemble:
     header, blocks = _blocks(text)
     n_inputs = _number(header, "max_feature_idx", "header") + 1
     per_iteration = _number(header, "num_tree_per_iteration", "header", 1)
+    if n_inputs > MOST_INPUTS:
+        raise TreeError(f"header: max_feature_idx is {n_inputs - 1}, expected at most {MOST_INPUTS - 1}")
     names = [name for name in header.get("feature_names", "").split(" ") if name]
     if n_inputs < 1 or len(names) != n_inputs:
         raise TreeError(f"header: {len(names)} feature_names, max_feature_idx {n_inputs - 1}")

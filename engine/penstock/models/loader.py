@@ -3,8 +3,8 @@
 Parsing is slow Python, and one busy Python thread makes an event loop wake late by milliseconds; so the serving process
 does none of it. The child hands back what it made in memory that both have mapped: of trees the flat arrays
 (ext/tree_form.h), from which the kernel's tables are built with the GIL released; of other ONNX files their bytes, once
-a child of its own has run them (trial.py). What must stay true: whatever a file holds, whoever kills the child, the answer is a model or a ModelError; and the
-child ends with its parent.
+a child of its own has run them (trial.py). What must stay true: whatever a file holds, whoever kills the child, the
+answer is a model or a ModelError; and the child ends with its parent.
 """
 
 from __future__ import annotations
@@ -607,6 +607,11 @@ def _compile_whole(
     return Compiled(kind="onnx_file", folder=folder, **common), made
 
 
+def _printable(text: str) -> str:
+    """A file may hold half a surrogate pair, and an error may quote it."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _serve(channel: socket.socket, parent: int) -> None:
     """Answer until the parent ends."""
     child = _Child()
@@ -624,9 +629,9 @@ def _serve(channel: socket.socket, parent: int) -> None:
         try:
             answer, made = child.answer(_requests.decode(body), given)
         except ModelError as error:
-            answer = Answer(error=str(error))
+            answer = Answer(error=_printable(str(error)))
         except Exception as error:  # a defect of a parser is no reason to stop serving the others
-            answer = Answer(error=f"{type(error).__name__}: {error}")
+            answer = Answer(error=_printable(f"{type(error).__name__}: {error}"))
         try:
             if REFUSED:
                 answer = msgspec.structs.replace(answer, refused=dict(REFUSED))

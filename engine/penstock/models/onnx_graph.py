@@ -245,7 +245,9 @@ def with_tensors(model: bytes) -> bytes | None:
             tensor = bytes([_TENSOR_ELEMENT << 3, _FLOAT]) + _encode(_TENSOR_SHAPE, shape)
             value = _encode(_VALUE_NAME, name.encode()) + _encode(_VALUE_TYPE, _encode(_TYPE_TENSOR, tensor))
             body[i] = _encode(_GRAPH_OUTPUT, value)
-    new = [_encode(_MODEL_GRAPH, b"".join(body)) if part.number == _MODEL_GRAPH else bytes(part.whole) for part in parts]
+    new = [
+        _encode(_MODEL_GRAPH, b"".join(body)) if part.number == _MODEL_GRAPH else bytes(part.whole) for part in parts
+    ]
     domains = [_strings(opset, _OPSET_DOMAIN) for opset in _messages(memoryview(model), _MODEL_OPSET)]
     if not any(domain in ([], [""], ["ai.onnx"]) for domain in domains):  # Identity is of the operators that all have
         new.append(_encode(_MODEL_OPSET, bytes([_OPSET_VERSION << 3, 13])))

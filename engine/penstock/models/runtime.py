@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,19 +75,16 @@ class TreeRuntime:
 
     @classmethod
     def load(cls, path: Path, inputs: Sequence[str] | None, output: str | None, name: str) -> TreeRuntime:
-        from .trees import NotATreeModel, TreeModel, read_ensemble
+        from .trees import NotATreeModel, load_trees
 
         if output is not None:
             raise NotForThisRuntime("the kernel gives the scores of a tree ensemble, not a named output")
         try:
-            form = read_ensemble(path)
+            model = load_trees(path)
         except NotATreeModel as error:
             raise NotForThisRuntime(str(error)) from None
-        model = TreeModel(form)
-        runtime = cls(model, bind_inputs(model.feature_names, inputs, model.n_inputs, name))
-        if form.warning:
-            warnings.warn(f"model {name}: {path}: {form.warning}", stacklevel=4)
-        return runtime
+        names = getattr(model, "feature_names", None)
+        return cls(model, bind_inputs(names, inputs, model.n_inputs, name))
 
     @property
     def abi(self) -> int:
@@ -177,7 +173,7 @@ def load(
             text = f"{type(error).__name__}: {text}"
         text = text.removeprefix(before)
         if str(path) not in text:
-            text = f"{path}: {text}"
+            text = f"{text} ({path})"
         raise ModelError(before + text) from None
 
 

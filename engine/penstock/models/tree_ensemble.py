@@ -15,7 +15,17 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-__all__ = ["Aggregate", "NotATreeModel", "Transform", "TreeEnsemble", "TreeError", "TreePorts", "below", "room_of"]
+__all__ = [
+    "MOST_INPUTS",
+    "Aggregate",
+    "NotATreeModel",
+    "Transform",
+    "TreeEnsemble",
+    "TreeError",
+    "TreePorts",
+    "below",
+    "room_of",
+]
 
 
 class TreeError(ValueError):
@@ -57,6 +67,9 @@ def below(x: float, single: bool) -> float:
     if single:
         return float(np.nextafter(np.float32(x), np.float32(-np.inf)))
     return math.nextafter(x, -math.inf)
+
+
+MOST_INPUTS = 1 << 20  # a row is kept twice, as doubles
 
 
 @dataclass(slots=True)
@@ -123,7 +136,6 @@ class TreeEnsemble:
         self.no.append(no)
         self.nan_yes.append(nan_yes)
         if steps is not None:
-            self._take(len(steps))
             self.steps.extend(steps)
         self.steps_begin.append(len(self.steps))
         self.steps_first.append(steps_first)
@@ -131,20 +143,20 @@ class TreeEnsemble:
 
     def add_leaf(self, weights: list[tuple[int, float]]) -> int:
         """A leaf that adds each weight to its target. Returns the child value that stands for it."""
-        self._take(len(weights))
         for target, weight in weights:
             self.weight_target.append(target)
             self.weight.append(weight)
         self.weight_begin.append(len(self.weight))
         return 1 - len(self.weight_begin)
 
-    def _take(self, count: int) -> None:
-        """Some numbers of a file may be named by many nodes; a few bytes are not to become gigabytes."""
+    def expect(self, count: int, where: str) -> None:
+        """Makes sure that so many steps or weights more are what a file of its size can say. Numbers that stand in it
+        once may be named by many nodes: a few bytes are not to become gigabytes. Raises TreeError."""
         self.room -= count
         if self.room < 0:
             raise TreeError(
-                f"node {len(self.feature)}: sets of categories or leaves of several values are used again and again; "
-                "together they hold more numbers than a file of this size should; write each once, for its node"
+                f"{where}: its categories, or its leaf's values, are those of many nodes; together they are more than "
+                "a file of this size holds: write them once for every node"
             )
 
 

@@ -82,7 +82,9 @@ def try_file(trial: Trial, data: bytes | None = None, *, fork: bool = False) -> 
         if text and not text.startswith("memory:"):
             raise ModelError(text)
         if text == "" and status == -signal.SIGKILL:  # not by us: no fault that is known to be the file's
-            raise ModelError(f"model {trial.name}: {trial.file}: the process that tried it was killed; is memory short?")
+            raise ModelError(
+                f"model {trial.name}: {trial.file}: the process that tried it was killed; is memory short?"
+            )
         why = _why(text, status, seconds, ROOM + FACTOR * trial.size)
         remember(trial.key, why)
     raise ModelError(

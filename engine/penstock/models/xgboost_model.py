@@ -7,6 +7,7 @@ not in _KNOWN is refused, for a newer XGBoost may have put there what scores dep
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
@@ -18,7 +19,7 @@ import numpy as np
 
 from penstock._ext.trees import xgboost_margin
 
-from .tree_ensemble import Transform, TreeEnsemble, TreeError, below, room_of
+from .tree_ensemble import MOST_INPUTS, Transform, TreeEnsemble, TreeError, below, room_of
 
 __all__ = ["parse_xgboost_json", "parse_xgboost_ubj"]
 
@@ -272,8 +273,11 @@ def _add_tree(form: TreeEnsemble, tree: Any, target: int, scale: float, where: s
         for node, begin, size in zip(nodes, begins, sizes):
             if begin < 0 or size < 0 or begin + size > len(categories):
                 raise TreeError(f"{where}.categories_segments: {begin} + {size} of {len(categories)}")
+            form.expect(2 * size, f"{where}.categories_segments")
             sets[node] = categories[begin : begin + size]
 
+    if width > 1:
+        form.expect(width * sum(child < 0 for child in left), where)
     weight = np.float32(scale)
     seen = [False] * n
     # Nodes that a walk from the root meets, in the order met; pruned ones stay behind.
@@ -329,7 +333,7 @@ def _base_scores(text: Any, n_raw: int, link: int) -> list[float]:
         raise TreeError(f"$.learner.learner_model_param.base_score: {len(scores)} values for {n_raw} outputs")
     if link == _SOFTPLUS:  # every expectile but the first is a step from the one before
         with np.errstate(all="ignore"):
-            steps = [float(above - score) for score, above in zip(scores, scores[1:])]
+            steps = [float(above - score) for score, above in itertools.pairwise(scores)]
         return [float(scores[0]), *(float(xgboost_margin(step, link)) for step in steps)]
     return [float(xgboost_margin(float(score), link)) for score in scores]
 
@@ -408,8 +412,8 @@ def _build(document: Any, size: int) -> TreeEnsemble:
     if name == "dart":
         _get(document, "learner.gradient_booster.weight_drop", list)
     scales = _weights(booster, model, len(trees), at)
-    if not 0 < n_inputs < 1 << 24:
-        raise TreeError(f"$.{parameters}.num_feature: {n_inputs}")
+    if not 0 < n_inputs <= MOST_INPUTS:
+        raise TreeError(f"$.{parameters}.num_feature: {str(n_inputs)[:20]}, expected 1 to {MOST_INPUTS}")
     if n_raw > max(len(trees), 1) and n_raw > 1 << 16:
         raise TreeError(f"$.{parameters}.num_class: {n_raw} outputs of {len(trees)} trees")
     if objective == "reg:expectileerror" or (objective == "reg:quantileerror" and version >= _SORTED_SINCE):
@@ -421,6 +425,9 @@ def _build(document: Any, size: int) -> TreeEnsemble:
         not isinstance(names, list) or len(names) != n_inputs or not all(isinstance(text, str) for text in names)
     ):
         raise TreeError(f"$.learner.feature_names: expected {n_inputs} names")
+    for i, text in enumerate(names or ()):
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise TreeError(f"$.learner.feature_names[{i}]: {ascii(text)[:60]} is no text")
     form = TreeEnsemble(n_inputs, n_raw, 1 if transform == Transform.ARGMAX else n_raw, names, room_of(size))
     form.round_input = form.accumulate32 = form.base_first = True
     form.transform = transform
