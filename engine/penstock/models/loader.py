@@ -68,7 +68,7 @@ class Compiled(msgspec.Struct, frozen=True, kw_only=True):
     """A file that was read, and what its memory holds. kind: trees | onnx | onnx_file (an ONNX file as it is).
 
     inputs: names in the order of the columns, or None; ports: of trees, as tree_ports() gives them; output, shown,
-    folder: as OnnxSource. warning: what whoever loads it should know.
+    folder: as OnnxSource. trial: of a file that is still to be tried. warning: what whoever loads it should know.
     """
 
     kind: str
@@ -82,6 +82,7 @@ class Compiled(msgspec.Struct, frozen=True, kw_only=True):
     output: str | None = None
     shown: str | None = None
     folder: str | None = None
+    trial: Trial | None = None
     warning: str = ""
 
 
@@ -101,7 +102,8 @@ class Scan(msgspec.Struct, frozen=True, kw_only=True, tag="scan"):
 
 class Compile(msgspec.Struct, frozen=True, kw_only=True, tag="compile"):
     """Read a file and compile it. given: the bytes come with the message, the path only names them. whole: an ONNX file
-    that holds no trees stays as it is, with all its outputs. refused: what trial.REFUSED holds."""
+    that holds no trees stays as it is, with all its outputs. untried: the caller will try it.
+    patience: as try_file(). refused: what trial.REFUSED holds."""
 
     path: str
     name: str
@@ -109,6 +111,8 @@ class Compile(msgspec.Struct, frozen=True, kw_only=True, tag="compile"):
     output: str | None = None
     given: bool = False
     whole: bool = False
+    untried: bool = False
+    patience: float | None = None
     refused: dict[str, str] = {}
 
 
@@ -296,6 +300,8 @@ class Loader:
         *,
         content: bytes | None = None,
         whole: bool = False,
+        untried: bool = False,
+        patience: float | None = None,
     ) -> tuple[Compiled, Any]:
         """A file (or its content) compiled, and the memory that holds it, mapped; None for an onnx_file that is opened
         from its path. Raises ModelError."""
@@ -312,6 +318,8 @@ class Loader:
                     output=output,
                     given=content is not None,
                     whole=whole,
+                    untried=untried,
+                    patience=patience,
                     refused=dict(REFUSED),
                 ),
                 given,
@@ -568,7 +576,7 @@ def _compile(request: Compile, path: Path, data: bytes, file: Path, digest: str)
     if request.whole:
         return _compile_whole(request, path, data, digest, common)
     source = OnnxSource.of(path, data, request.output, name)
-    try_file(source.trial(path, digest, request.inputs, name), source.bytes, fork=True)
+    try_file(source.trial(path, digest, request.inputs, name), source.bytes, fork=True, patience=request.patience)
     compiled = Compiled(
         kind="onnx",
         inputs=request.inputs,
@@ -603,8 +611,9 @@ def _compile_whole(
         folder=folder,
         whole=True,
     )
-    try_file(trial, made, fork=True)
-    return Compiled(kind="onnx_file", folder=folder, **common), made
+    if not request.untried:
+        try_file(trial, made, fork=True, patience=request.patience)
+    return Compiled(kind="onnx_file", folder=folder, trial=trial if request.untried else None, **common), made
 
 
 def _printable(text: str) -> str:

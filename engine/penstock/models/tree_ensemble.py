@@ -84,7 +84,9 @@ class TreeEnsemble:
     n_raw: int
     n_outputs: int
     feature_names: list[str] | None = None
-    room: int = 1 << 62  # how many more steps and weights there may be: what a file of its size can say
+    room: int = field(
+        default=1 << 62, compare=False
+    )  # how many more steps and weights there may be: what a file of its size can say
     warning: str = ""  # what whoever loads it should know
     roots: list[int] = field(default_factory=list)
     feature: list[int] = field(default_factory=list)

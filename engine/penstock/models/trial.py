@@ -15,6 +15,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ SECONDS, BYTES_A_SECOND = 2, 4 << 20  # of CPU: for any file, and how much of a 
 PATIENCE = 10  # times the CPU time, until the trial of a file that waits for something is ended
 ROOM, FACTOR = 2 << 30, 8  # bytes of memory beyond what the process has: for any file, and per byte of it
 MOST_REFUSED = 1000
+NICE = 10
 _PR_SET_PDEATHSIG = 1
 # What a row is filled with; zeros come first, and must give scores.
 _ROWS = (0.0, float("nan"), 1e30, -1e30, 2147483647.0, 1.0)
@@ -63,16 +65,26 @@ def remember(key: str, why: str) -> None:
     REFUSED[key] = why
 
 
-def try_file(trial: Trial, data: bytes | None = None, *, fork: bool = False) -> None:
+def try_file(
+    trial: Trial,
+    data: Any = None,
+    *,
+    fork: bool = False,
+    patience: float | None = None,
+    stop: threading.Event | None = None,
+) -> None:
     """Raises ModelError where the process that tried the file died of it, and for what ONNX Runtime says against it.
 
-    fork: the caller has one thread, and its child is that of a fork; else a new interpreter is started.
+    data: of the graph, where path is None. fork: the caller has one thread, and its child is that of a fork; else a new
+    interpreter is started. patience: seconds after which it is given up, and not held against the file. stop: ends it.
     """
     why = REFUSED.get(trial.key)
     if why is None:
         seconds = SECONDS + trial.size // BYTES_A_SECOND
+        longest = float(PATIENCE * (seconds + 1))
+        until = time.monotonic() + min(longest, patience or longest)
         try:
-            text, status = _forked(trial, data, seconds) if fork else _started(trial, data, seconds)
+            text, status = _forked(trial, data, seconds, until) if fork else _started(trial, data, seconds, until, stop)
         except OSError as error:
             raise ModelError(
                 f"model {trial.name}: {trial.file}: no process can be started to try it: {error.strerror}"
@@ -81,6 +93,12 @@ def try_file(trial: Trial, data: bytes | None = None, *, fork: bool = False) -> 
             return
         if text and not text.startswith("memory:"):
             raise ModelError(text)
+        if stop is not None and stop.is_set():
+            raise ModelError(f"model {trial.name}: {trial.file}: its trial was ended with the server")
+        if text is None and patience is not None and patience < longest:
+            raise ModelError(
+                f"model {trial.name}: {trial.file}: its trial is not over after {patience:g} s; tried again"
+            )
         if text == "" and status == -signal.SIGKILL:  # not by us: no fault that is known to be the file's
             raise ModelError(
                 f"model {trial.name}: {trial.file}: the process that tried it was killed; is memory short?"
@@ -109,7 +127,7 @@ def _why(text: str | None, status: int, seconds: int, room: int) -> str:
     return f"the process ended with status {status}"
 
 
-def _forked(trial: Trial, data: bytes | None, seconds: int) -> tuple[str | None, int]:
+def _forked(trial: Trial, data: Any, seconds: int, until: float) -> tuple[str | None, int]:
     import penstock._ext.infer
     import penstock._ext.onnx  # noqa: F401  once here, not once in every child
 
@@ -127,7 +145,7 @@ def _forked(trial: Trial, data: bytes | None, seconds: int) -> tuple[str | None,
             os._exit(70)
     os.close(its)
     try:
-        text = _wait(mine, seconds, os.getppid())
+        text = _wait(mine, until, os.getppid(), None)
         if text is None:
             os.kill(pid, signal.SIGKILL)
     finally:
@@ -136,7 +154,9 @@ def _forked(trial: Trial, data: bytes | None, seconds: int) -> tuple[str | None,
     return text, os.waitstatus_to_exitcode(status)
 
 
-def _started(trial: Trial, data: bytes | None, seconds: int) -> tuple[str | None, int]:
+def _started(
+    trial: Trial, data: Any, seconds: int, until: float, stop: threading.Event | None
+) -> tuple[str | None, int]:
     from .loader import _memory, _write
 
     given = -1
@@ -164,7 +184,7 @@ def _started(trial: Trial, data: bytes | None, seconds: int) -> tuple[str | None
                 if process.stdin is not None:
                     process.stdin.write(msgspec.json.encode(trial))
                     process.stdin.close()
-            text = _wait(mine, seconds, None)
+            text = _wait(mine, until, None, stop)
         finally:
             if process.poll() is None:
                 process.kill()
@@ -176,15 +196,15 @@ def _started(trial: Trial, data: bytes | None, seconds: int) -> tuple[str | None
     return text, status
 
 
-def _wait(pipe: int, seconds: int, parent: int | None) -> str | None:
-    """What the child says; '' where it died, None where it says nothing for too long, or our own parent is gone."""
-    until = time.monotonic() + PATIENCE * (seconds + 1)
+def _wait(pipe: int, until: float, parent: int | None, stop: threading.Event | None) -> str | None:
+    """What the child says; '' where it died, None where it says nothing for too long, our own parent is gone, or stop
+    is set."""
     said = b""
     while True:
         left = until - time.monotonic()
-        if left <= 0 or (parent is not None and os.getppid() != parent):
+        if left <= 0 or (parent is not None and os.getppid() != parent) or (stop is not None and stop.is_set()):
             return None
-        if select.select([pipe], [], [], min(left, 1.0))[0]:
+        if select.select([pipe], [], [], min(left, 0.2))[0]:
             piece = os.read(pipe, 1 << 16)
             if not piece:
                 return said.decode(errors="replace")
@@ -292,6 +312,8 @@ def _infer(served: Any, value: float, zeros: bool) -> None:
 
 def main() -> int:
     """Run as `python -m penstock.models.trial PIPE PARENT SECONDS`, a Trial on standard input."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, NICE)
     pipe, parent, seconds = (int(word) for word in sys.argv[1:4])
     trial = msgspec.json.decode(sys.stdin.buffer.read(), type=Trial)
     data = None
