@@ -597,8 +597,8 @@ def _compile_whole(
 
     try:
         made = with_tensors(data)
-    except GraphError as error:
-        raise ModelError(f"model {request.name}: {path}: {error}; expected a whole ONNX file") from None
+    except GraphError:
+        made = None  # ONNX Runtime says what is wrong with it
     if made is None and request.given:
         made = data
     folder = None if made is None or request.given else str(path.parent)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["GraphError", "only_output", "with_tensors"]
+__all__ = ["GraphError", "TooDeep", "only_output", "with_tensors"]
 
 # Field numbers of onnx.proto3.
 _MODEL_GRAPH, _MODEL_OPSET = 7, 8
@@ -27,6 +27,10 @@ MOST_NESTED = 33  # graphs in one another: protocol buffers are read up to 100 m
 
 class GraphError(ValueError):
     """The bytes are not an ONNX model."""
+
+
+class TooDeep(GraphError):
+    """Graphs in one another, more than any runtime reads."""
 
 
 class _Field:
@@ -103,7 +107,7 @@ def _needs(node: memoryview, depth: int = 1) -> set[str]:
     """Names a node reads, those that its subgraphs read from outside included (inner names do no harm)."""
     if depth > MOST_NESTED:
         kind = "".join(_strings(node, _NODE_OP_TYPE))[:40]
-        raise GraphError(f"a node {kind}: more than {MOST_NESTED} graphs in one another, deeper than any runtime reads")
+        raise TooDeep(f"a node {kind}: more than {MOST_NESTED} graphs in one another, deeper than any runtime reads")
     names = set(_strings(node, _NODE_INPUT))
     for attribute in _messages(node, _NODE_ATTRIBUTE):
         for number in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .folder import ModelError
-from .onnx_graph import GraphError, only_output
+from .onnx_graph import GraphError, TooDeep, only_output
 from .trial import Trial, try_file
 
 __all__ = ["OnnxRuntime", "OnnxSource", "has_external", "size_with_tensors"]
@@ -73,8 +73,10 @@ class OnnxSource(NamedTuple):
             return cls(path, output, output, None)
         try:
             cut, shown = only_output(path.read_bytes() if data is None else data, output, choose_output)
-        except GraphError as error:
-            raise ModelError(f"model {name}: {path}: {error}; expected a whole ONNX file") from None
+        except TooDeep as error:
+            raise ModelError(f"model {name}: {path}: {error}") from None
+        except GraphError:
+            return cls(path, output, output, None)  # ONNX Runtime says what is wrong with it
         except ValueError as error:
             raise ModelError(f"model {name}: {error}") from None
         return cls(cut, None, shown, str(path.parent))
@@ -119,8 +121,10 @@ class OnnxRuntime:
             self.model = OnnxModel(
                 source.data, inputs, source.output, name=label, external_folder=source.folder, api=api
             )
-        except (ValueError, RuntimeError) as error:
+        except ValueError as error:
             raise ModelError(str(error)) from None
+        except RuntimeError as error:
+            raise ModelError(f"{error}; what is right, onnx.checker.check_model says") from None
         except ImportError:
             raise ModelError(f"{label} needs onnxruntime: pip install 'penstock[onnx]'") from None
         self.inputs = self.model.inputs

@@ -160,21 +160,22 @@ def load(
             in_folder = path.stem == "model" and len(path.parts) > 2
             name = f"{path.parts[-3]}@{path.parts[-2]}" if in_folder else path.name
         return _load(path, inputs, output, name)
+    except ModelError as error:
+        text = str(error)
+        if str(path) in text or "pip install" in text:
+            raise
+        raise ModelError(f"{text} ({path})") from None
     except Exception as error:
-        before = f"model {path if name is None else name}: "
         text = str(error)
         if isinstance(error, OSError):
             text = f"cannot read it: {error.strerror or error}"
         elif isinstance(error, MemoryError):
-            text = f"memory is short: {text or 'the file asks for more than there is'}"
+            text = "memory is short: it asks for more than there is"
         elif isinstance(error, RecursionError):
             text = "it is nested deeper than any model"
         elif not isinstance(error, ValueError):
             text = f"{type(error).__name__}: {text}"
-        text = text.removeprefix(before)
-        if str(path) not in text:
-            text = f"{text} ({path})"
-        raise ModelError(before + text) from None
+        raise ModelError(f"model {name or path}: {path}: {text}") from None
 
 
 def _load(path: Path, inputs: Sequence[str] | None, output: str | None, name: str) -> Runtime:
