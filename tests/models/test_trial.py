@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 import time
 
@@ -243,9 +244,10 @@ def wide(make):
 
 
 def test_pipelines_keep_what_they_run_and_none_starts_with_a_bad_file(tmp_path):
-    def score(engine, key=[0]):
-        key[0] += 1
-        return engine.score(Txn(who="u", at=1_700_000_000_000_000 + key[0], a=1.0, b=2.0)).score
+    times = itertools.count(1_700_000_000_000_000)
+
+    def score(engine):
+        return engine.score(Txn(who="u", at=next(times), a=1.0, b=2.0)).score
 
     chosen = Model("m@live", inputs=["a", "b"], output=0)
     app = {"Txn": Txn, "p": Pipeline("p", event=Txn, features=["a", "b"], model=chosen)}

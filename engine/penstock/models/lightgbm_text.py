@@ -205,8 +205,8 @@ def _blocks(text: str) -> tuple[dict[str, str], list[dict[str, str]]]:
     ended = False
     for line in itertools.islice(text.split("\n"), 1, None):
         line = line.removesuffix("\r")
-        # LightGBM 2.1 and older say nothing behind the last tree but this.
-        if line == "end of trees" or (line == "feature importances:" and blocks):
+        # LightGBM 2.1 and older say nothing behind the last tree but the importances.
+        if line == "end of trees" or (blocks and line in ("feature importances:", "feature_importances:")):
             ended = True
             break
         where = f"Tree={len(blocks) - 1}" if blocks else "header"
