@@ -1,7 +1,7 @@
-"""Files of newer training libraries: what moved is read where it is now, what is unknown is refused, what is newer warns.
+"""Files of newer training libraries: what moved is read where it is, what is unknown is refused, what is newer warns.
 
-Scores written here as numbers were given by XGBoost 3.4.1 for the same documents. With PENSTOCK_XGBOOST_PYTHON naming an
-interpreter that has a newer XGBoost than the tests' own, that one trains too, and scores are compared bit for bit.
+Scores that stand here as numbers were given by XGBoost 3.4.1 for the same documents. Where PENSTOCK_XGBOOST_PYTHON
+names an interpreter with a newer XGBoost than the tests' own, that one trains too, and scores are compared bit for bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files on which ONNX Runtime dies, never ends, or takes all memory: the process that loads them lives, and says why."""
+"""Files on which ONNX Runtime dies, never ends, or takes all memory: the process that loads them lives and says why."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_bad_file_is_an_error_of_the_loader(tmp_path, kind):
             second.compile(path, "m@1", whole=True)
         with pytest.raises(ModelError, match=why):
             first.compile(path, "m@1", whole=True)
-        assert first.pid == pid and first.restarts == 0
+        assert (first.pid, first.restarts) == (pid, 0)
         assert kind != "never" or time.monotonic() - began < 30
         assert first.compile(str(put(tmp_path, "m", "2", good(), "model.onnx")), "m@2", whole=True)[0].trial is None
     finally:
@@ -202,7 +202,8 @@ def test_a_trial_holds_up_no_other_model(tmp_path, monkeypatch):
         await repository.look()
         assert repository.versions("trees") == ["1", "2"]
         state, reason = states(repository)["net", "1"]
-        assert state == "UNAVAILABLE" and "trial" in reason
+        assert state == "UNAVAILABLE"
+        assert "trial" in reason
         release.append(True)
         await asyncio.wait_for(asyncio.gather(*repository._tasks), 60)
         assert states(repository)["net", "1"] == ("READY", "")
