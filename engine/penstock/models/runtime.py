@@ -83,6 +83,8 @@ class TreeRuntime:
             model = load_trees(path)
         except NotATreeModel as error:
             raise NotForThisRuntime(str(error)) from None
+        except ValueError as error:
+            raise ModelError(f"model {name}: {error}") from None
         names = getattr(model, "feature_names", None)
         return cls(model, bind_inputs(names, inputs, model.n_inputs, name))
 

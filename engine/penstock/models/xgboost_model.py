@@ -314,7 +314,7 @@ def _add_tree(form: TreeEnsemble, tree: Any, target: int, scale: float, where: s
             continue
         threshold = _f32(conditions[i])
         if math.isnan(threshold):
-            raise TreeError(f"{where}.split_conditions: NaN")
+            raise TreeError(f"{where}.split_conditions[{i}]: NaN, expected a number")
         if threshold == -math.inf:
             form.add_node(features[i], 0.0, yes, no, missing, [], False)
         else:
