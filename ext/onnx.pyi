@@ -42,7 +42,7 @@ class OnnxTensors:
     source: str
     def __init__(
         self,
-        source: str | PathLike[str] | Buffer,
+        source: Any,
         *,
         external_folder: str | None = None,
         name: str | None = None,
