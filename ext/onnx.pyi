@@ -1,5 +1,4 @@
 from collections.abc import Sequence
-from os import PathLike
 from typing import Any
 
 import numpy as np
