@@ -90,7 +90,8 @@ def training_set(
         backfill=backfill,
     )
     plan = app if isinstance(app, Plan) else load_plan(app)
-    job = Job(plan, arrow_table(spine), asked)
+    names = {name for event in plan.events.values() for name in event.slots} | {time or "", sequence or ""}
+    job = Job(plan, arrow_table(spine, names), asked)
     history = open_history(log)
     if workers is None:
         workers = len(os.sched_getaffinity(0))
