@@ -78,6 +78,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         bool, Meta(description="rebuild layouts although history was dropped: INVALID until windows have refilled")
     ] = False
     max_body: Annotated[int, Meta(ge=1, le=1 << 30, description="largest request body, bytes")] = 1 << 20
+    max_tensors: Annotated[
+        int, Meta(ge=1, le=1 << 30, description="largest body of binary tensors, and gRPC message, bytes")
+    ] = 1 << 26
     max_head: Annotated[int, Meta(ge=256, le=1 << 20, description="largest request head, bytes")] = 16384
     max_connections: Annotated[int, Meta(ge=1, description="open connections; more are answered 503")] = 10000
     head_timeout: Annotated[float, Meta(gt=0, le=86400, description="for a request's head to arrive, s")] = 10.0

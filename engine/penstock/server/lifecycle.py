@@ -286,7 +286,7 @@ class Serving:
             self.repository,
             host=self.config.host,
             port=self.config.grpc_port or 0,
-            max_message=self.config.max_body,
+            max_message=max(self.config.max_body, self.config.max_tensors),
             state=self.state,
             routes=oip,
         )
