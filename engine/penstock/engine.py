@@ -256,7 +256,7 @@ class Engine:
         """Score the rows of an Arrow table in table order: the same bits as score() on each row.
 
         The order of the rows is the order in which they happen: a row further behind the newest before it than the
-        lateness is late, as it would be one by one. Where that is every tenth or more, a warning says how many;
+        lateness is late, as it would be one by one. Where many are (every tenth), a warning says how many;
         replay(out=...) scores history by time, and answers in the table's order.
         table: pyarrow, polars, pandas or a dict of columns, one column per field of the event. All or nothing on bad
         input: the whole table is checked first.
@@ -348,7 +348,7 @@ class Engine:
 
         event: the event type's name; needed for dicts and tables where the app has several. A table's rows may be in
         any order: they are applied by event time, equal times as they stand, so that only what was ingested before
-        makes a row late; where that is every tenth or more, a warning says how many.
+        makes a row late. Where many are (every tenth), a warning says how many.
         Returns the outcome (applied, duplicate, late, quarantined), or for a table the count of each.
         """
         if isinstance(data, Event):
@@ -887,7 +887,8 @@ def _merge_order(times: list[Any]) -> Any:
 
 
 def _warn_of_late(late: int, rows: int, why: str) -> None:
-    if late and 10 * late >= rows:
+    """Every tenth row or more, and not a handful, is a mistake about order; fewer are what lateness is for."""
+    if late >= 10 and 10 * late >= rows:
         warnings.warn(f"{late} of {rows} rows were late and are not in the windows: {why}", stacklevel=3)
 
 

@@ -120,9 +120,12 @@ class Control:
     def transaction(self, connection: RespConnection, name: str, arguments: list[bytes]) -> Any:
         """MULTI is refused, and with it what its sender meant to be done only together: all up to EXEC or DISCARD."""
         refusing = connection.refusing
-        if arguments and name in ("EXEC", "DISCARD"):
-            raise CommandError(f"ERR wrong number of arguments for '{name.lower()}' command")
+        if arguments and name == "DISCARD":
+            raise CommandError("ERR wrong number of arguments for 'discard' command")
         connection.refusing = name == "MULTI"
+        if arguments and name == "EXEC":
+            why = "wrong number of arguments for 'exec' command"
+            raise CommandError(f"EXECABORT Transaction discarded because of: {why}")
         if name == "EXEC" and refusing:
             raise CommandError("EXECABORT Transaction discarded because of previous errors.")
         if name == "DISCARD" and refusing:
