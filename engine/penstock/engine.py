@@ -579,10 +579,10 @@ class Engine:
         return pipe
 
     def _function(self, step: Any) -> tuple[Any, ...]:
-        from .functions import FunctionError, compile_function, python_function
+        from .functions import FunctionError, compile_function, mode_of, python_function
 
         try:
-            if step.definition.mode == "python":
+            if mode_of(step.definition.mode) == "python":
                 call = python_function(step.definition.function, step.argument_types, step.type)
                 return (None, call, step.arguments, step.argument_types, step.slot, step.type)
             compiled = compile_function(step.definition.function, step.argument_types, step.type, name=step.name)
