@@ -55,9 +55,9 @@ def steps(python, cwd, environment):
     assert "'spend.count_1h': 1" in shown
     assert "'night': " in shown
     command = [*python, "-m", "penstock", "serve", "shop.py", "--port", "0"]
-    server = subprocess.Popen(command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        for line in server.stderr:
+        for line in server.stdout:
             found = re.search(r"serving shop on http://127.0.0.1:(\d+)", line)
             if found:
                 break
