@@ -23,7 +23,8 @@ ctypedef struct Value:
     const char *text
     uint64_t length
 
-# Rows that are equal in what is compared: one of them, the next that gets an event, the last that got one.
+# Rows that are equal in what is compared: one of them, the next that gets an event, and the row that has the last event
+# equal to them: one of them, or one that was told by its id.
 ctypedef struct Equal:
     int32_t row
     int32_t turn
@@ -60,7 +61,7 @@ cdef class Look:
     cdef bint is_equal(self, int64_t a, int64_t b, bint near) noexcept nogil
     cdef uint64_t differing(self, int64_t row, bint near) noexcept nogil
     cdef void read(self, const ps_record *r, EventMapping mapping, int i) noexcept nogil
-    cdef int64_t find(self, const ps_record *r, EventMapping mapping, const uint8_t *taken) noexcept nogil
+    cdef int64_t find(self, const ps_record *r, EventMapping mapping, const uint8_t *taken, int64_t by_id) noexcept nogil
 
 
 cdef class SpineSearch:

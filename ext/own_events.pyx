@@ -108,16 +108,18 @@ cdef class Look:
         with nogil:
             for row in range(n):
                 self.link[row] = -1
-                holds = not self.skip[row]
+                holds = True
                 for i in range(self.n):
                     holds = holds and self.compared[i].state[row] != NO_CELL
-                if not self.skip[row] and has_near:
-                    self.put_near(row)
-                if not holds:
+                if self.skip[row]:
                     continue
                 if self.time >= 0:
                     at = mixed(0, <uint64_t>self.compared[self.time].data[row]) & self.time_mask
                     self.time_bits[at >> 3] |= <uint8_t>(1 << (at & 7))
+                if has_near:
+                    self.put_near(row)
+                if not holds:
+                    continue
                 at = self.row_hash(row, False) & self.mask
                 while self.table[at].row >= 0 and not self.is_equal(self.table[at].row, row, False):
                     at = (at + 1) & self.mask
@@ -249,8 +251,9 @@ cdef class Look:
             elif value.slot.f == 0.0:
                 value.slot.u = 0  # -0.0 equals 0.0
 
-    cdef int64_t find(self, const ps_record *r, EventMapping mapping, const uint8_t *taken) noexcept nogil:
-        """The row that this event is, or -1."""
+    cdef int64_t find(self, const ps_record *r, EventMapping mapping, const uint8_t *taken, int64_t by_id) noexcept nogil:
+        """The row that this event is, or -1. by_id: a row that is this event by its id, or -1: then no other gets it, as
+        long as there are others."""
         cdef int i
         cdef uint64_t at
         cdef Equal *equal
@@ -269,6 +272,9 @@ cdef class Look:
             at = (at + 1) & self.mask
         equal = &self.table[at]
         if equal.row >= 0:
+            if by_id >= 0:
+                equal.last = <int32_t>by_id
+                return -1
             row = equal.turn
             while row >= 0 and taken[row]:
                 row = self.link[row]
@@ -354,7 +360,7 @@ cdef class SpineSearch:
         is open any more).
         """
         cdef uint64_t at = start
-        cdef int64_t length, row
+        cdef int64_t length, row, mine
         cdef const char *base = <const char *>&data[0] if data.shape[0] else NULL
         cdef const ps_record *r
         cdef void *kinds[256]
@@ -407,17 +413,18 @@ cdef class SpineSearch:
                     self.earliest = when
                 if r.outcome == OUTCOME_DUPLICATE:
                     continue  # the event that it repeats is in the log, and stands for both
+                mine = -1
                 for i in range(n_looks):
                     if (<Look>looks[i]).source != (<EventMapping>kinds[r.schema]).source:
                         continue
-                    row = (<Look>looks[i]).find(r, <EventMapping>kinds[r.schema], self.taken)
+                    row = (<Look>looks[i]).find(r, <EventMapping>kinds[r.schema], self.taken, mine)
                     if row >= 0:
+                        mine = row
                         self.taken[row] = 1
                         self.sequence[row] = r.sequence
                         self.event_time[row] = when
                         self.ingest_time[row] = r.ingest_time
                         self.n_waiting -= 1
-                        break
         if done:
             return at, "done"
         if self.seen >= until and at < end:
@@ -437,7 +444,7 @@ cdef class SpineSearch:
             for at in range(<int64_t>look.mask + 1):
                 if look.table[at].last < 0:
                     continue
-                row = look.link[look.table[at].last]
+                row = look.table[at].turn
                 while row >= 0:
                     if not self.taken[row]:
                         self.taken[row] = 1

@@ -78,7 +78,6 @@ cdef class SpineRun:
         const uint8_t *kinds
         const int64_t *bounds
         const int64_t *bound_times
-        const int64_t *bound_ingests
         uint64_t *hashes
         uint8_t *beyond
         uint8_t *anything
@@ -121,7 +120,6 @@ cdef class SpineRun:
         ps_slot *kept_slots
         uint8_t *kept_status
         int64_t *kept_time
-        int64_t *kept_ingest
         int64_t *kept_place       # sequence; ~sequence of one that was not applied
         ps_arena kept
         int64_t n_times

@@ -39,7 +39,6 @@ class SpineRun:
         kinds: npt.NDArray[np.uint8],
         bounds: npt.NDArray[np.int64],
         bound_times: npt.NDArray[np.int64],
-        bound_ingests: npt.NDArray[np.int64],
         groups: list[tuple[int, bool, bool, list[int]]],
         outputs: list[tuple[int, int, bool, bool, bytes | None]],
         beyond: npt.NDArray[np.uint8],

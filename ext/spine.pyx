@@ -30,7 +30,8 @@ from penstock._ext.windows cimport WindowStore, ps_arena, ps_event, ps_handle
 
 cdef enum:
     BY_SEQUENCE = 0           # a row sees what the log holds before its bound
-    BACKFILL = 1              # every event before it, in the order S6
+    BACKFILL = 1              # every event before it, in the order S6: by event time, then as in the log, whose ingest clock
+                              # never goes back (S14)
     AHEAD = 6                 # steps before an entity is needed that it is asked for
     TOO_LARGE = -3
 
@@ -93,7 +94,6 @@ cdef class SpineRun:
         free(self.kept_slots)
         free(self.kept_status)
         free(self.kept_time)
-        free(self.kept_ingest)
         free(self.kept_place)
         free(self.kept.data)
         free(self.all_times)
@@ -144,10 +144,10 @@ cdef class SpineRun:
         return rows[:count].copy()
 
     def begin(self, const int64_t[::1] rows, const int64_t[::1] places, const int64_t[::1] times,
-              const uint8_t[::1] kinds, const int64_t[::1] bounds, const int64_t[::1] bound_times,
-              const int64_t[::1] bound_ingests, list groups, list outputs, uint8_t[::1] beyond, uint8_t[::1] anything):
+              const uint8_t[::1] kinds, const int64_t[::1] bounds, const int64_t[::1] bound_times, list groups,
+              list outputs, uint8_t[::1] beyond, uint8_t[::1] anything):
         """The rows to read, by bound: number in the spine, place in the partition, T, kind and bound (all by position);
-        with backfill the bound is (time, ingest time, sequence).
+        with backfill the bound is (time, sequence).
 
         groups: (group, the row's own event counts (S8), the row counts as an event where it is none of the log's, [output
         or -1 per output of the group]). outputs: (address of 8 bytes and of a status byte per place, is a string, counts,
@@ -155,7 +155,7 @@ cdef class SpineRun:
         """
         cdef int i, j
         cdef SpineOutput *output
-        self.keep = (rows, places, times, kinds, bounds, bound_times, bound_ingests, outputs, beyond, anything)
+        self.keep = (rows, places, times, kinds, bounds, bound_times, outputs, beyond, anything)
         self.n_rows = rows.shape[0]
         self.next_row = 0
         self.n_beyond = 0
@@ -166,7 +166,6 @@ cdef class SpineRun:
             self.kinds = &kinds[0]
             self.bounds = &bounds[0]
             self.bound_times = &bound_times[0]
-            self.bound_ingests = &bound_ingests[0]
             self.beyond = &beyond[0]
             self.anything = &anything[0]
         self.hashes = <uint64_t *>checked(self.n_rows, sizeof(uint64_t))
@@ -279,9 +278,8 @@ cdef class SpineRun:
         if self.mode == BACKFILL and self.next_row < self.n_rows:
             ordered = np.empty(0, dtype=np.int64)
             if self.n_kept:
-                # In the order of the log already: the sort is stable.
-                ordered = np.lexsort((np.asarray(<int64_t[:self.n_kept]>self.kept_ingest),
-                                      np.asarray(<int64_t[:self.n_kept]>self.kept_time))).astype(np.int64)
+                # Kept in the order of the log: the sort is stable.
+                ordered = np.argsort(np.asarray(<int64_t[:self.n_kept]>self.kept_time), kind="stable").astype(np.int64)
             every = np.empty(0, dtype=np.int64)
             if self.n_times:
                 every = np.sort(np.asarray(<int64_t[:self.n_times]>self.all_times), kind="stable")
@@ -564,7 +562,7 @@ cdef class SpineRun:
         self.note_key(hash)
         if self.n_kept == self.room:
             room = self.room + self.room // 2 + 1024
-            if <uint64_t>room * (9 * self.width + 24) + self.kept.capacity > self.budget:
+            if <uint64_t>room * (9 * self.width + 16) + self.kept.capacity > self.budget:
                 return self.large()
             memory = realloc(self.kept_slots, room * self.width * sizeof(ps_slot))
             if memory == NULL:
@@ -578,10 +576,6 @@ cdef class SpineRun:
             if memory == NULL:
                 return self.large()
             self.kept_time = <int64_t *>memory
-            memory = realloc(self.kept_ingest, room * 8)
-            if memory == NULL:
-                return self.large()
-            self.kept_ingest = <int64_t *>memory
             memory = realloc(self.kept_place, room * 8)
             if memory == NULL:
                 return self.large()
@@ -591,7 +585,6 @@ cdef class SpineRun:
                         &self.kept, &erased) != 0:
             return self.large()
         self.kept_time[self.n_kept] = at
-        self.kept_ingest[self.n_kept] = r.ingest_time
         self.kept_place[self.n_kept] = r.sequence if r.outcome == OUTCOME_APPLIED else ~r.sequence
         self.n_kept += 1
         return 0
@@ -600,8 +593,6 @@ cdef class SpineRun:
         """Whether a row is read before a kept event is applied: the event is behind it in the order S6, or is it."""
         if self.bound_times[row] != self.kept_time[k]:
             return self.bound_times[row] < self.kept_time[k]
-        if self.bound_ingests[row] != self.kept_ingest[k]:
-            return self.bound_ingests[row] < self.kept_ingest[k]
         return self.bounds[row] <= sequence
 
     cdef int replay(self, const int64_t *order, const int64_t *times) noexcept nogil:

@@ -38,12 +38,11 @@ MOST_ROWS = (1 << 31) - 2
 class Reads(msgspec.Struct, kw_only=True):
     """What each row may see. kind: AS_OF, as of its time; OWN, before its own event; SERVED, by a given sequence, and
     COUNTED, the same, where its own event is among what it sees. bound: the first sequence that it does not see.
-    time, ingest: with backfill, where in the order S6 it stands, before `bound`."""
+    time: with backfill it sees the events before (time, bound), in the order S6."""
 
     kind: npt.NDArray[np.uint8]
     bound: Times
     time: Times
-    ingest: Times
     own: Times  # the sequence of its own event, -1 where it is none
     found: int = 0  # rows that are an event
     moved: int = 0  # of them, by id: rows with another time than the event
@@ -63,7 +62,7 @@ def search(job: Job, history: History, tell: Callable[[int], None]) -> Reads:
     kind = np.full(n, SERVED if given is not None else AS_OF, dtype=np.uint8)
     sequence = np.full(n, -1, dtype=np.int64)
     bound = never.copy() if given is None else given
-    reads = Reads(kind=kind, bound=bound, time=job.times, ingest=never, own=sequence)
+    reads = Reads(kind=kind, bound=bound, time=job.times, own=sequence)
     looks, names = _looks(job) if job.asked.own != "never" and n else ([], [])
     by_ingest = given is None and not job.asked.backfill
     if n == 0 or not (looks or by_ingest):
@@ -94,7 +93,7 @@ def search(job: Job, history: History, tell: Callable[[int], None]) -> Reads:
     kind[own] = OWN
     reads.bound = np.where(own, sequence, reads.bound)
     if job.asked.backfill:
-        reads.time, reads.ingest = time, ingest
+        reads.time = time
     return reads
 
 
@@ -190,7 +189,7 @@ def _looks(job: Job) -> tuple[list[Look], list[str]]:
             assert event.event_id is not None
             field = event.fields[event.event_id]
             data, texts, state = _cells(job, event, field, columns[event.event_id], False)
-            known = state != NULL_CELL
+            known = ~np.asarray(job.spine.column(columns[event.event_id]).is_null(nan_is_null=True), dtype=bool)
             one = (event.event_id, field.type, False, data, texts, state)
             looks.append(Look(event.index, [one], (~known).astype(np.uint8), False, -1))
             skip = known.astype(np.uint8)

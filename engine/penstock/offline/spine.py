@@ -391,8 +391,7 @@ class Job:
         missing = [
             i
             for i, field in enumerate(event.fields)
-            if i != event.time and i in needed and called.get(i, field.name) not in names
-            if field.required and not field.optional
+            if i != event.time and i in needed and field.required and called.get(i, field.name) not in names
         ]
         if not missing:
             return ""
@@ -432,7 +431,7 @@ class Job:
             if unit.store.retention is not None:
                 size //= 4
             if self.asked.backfill:
-                size += events * (9 * len(unit.event.fields) + 24)
+                size += events * (9 * len(unit.event.fields) + 16)
             # Event types differ in how many events there are: with several units, pieces small enough to share out.
             share = workers if len(self.units) == 1 else -(-2 * workers // len(self.units)) if workers > 1 else 1
             parts = max(share, -(-size // budget))
@@ -528,7 +527,7 @@ class _Pass:
         reads = self.job.reads
         bounds = reads.bound[rows]
         if self.job.asked.backfill:
-            places = np.lexsort((bounds, reads.ingest[rows], reads.time[rows]))
+            places = np.lexsort((bounds, reads.time[rows]))
         else:
             places = np.argsort(bounds, kind="stable")
         self.beyond = np.zeros(len(rows), dtype=np.uint8)
@@ -546,7 +545,6 @@ class _Pass:
             reads.kind[order],
             reads.bound[order],
             reads.time[order],
-            reads.ingest[order],
             groups,
             outputs,
             self.beyond,

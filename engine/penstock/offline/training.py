@@ -178,7 +178,7 @@ def _summary(job: Job, results: dict[int, list[Any]]) -> TrainingSummary:
             f"every feature of every row is null or 0: history was ingested after its time, and a row sees what had been "
             f"ingested by its own ({reads.blind:,} rows before anything was); backfill=True (--backfill) counts it"
         )
-    elif reads.blind:
+    elif 2 * reads.blind > rows:
         said.append(
             f"{reads.blind:,} rows see nothing, for nothing had been ingested by their time; history that was ingested "
             "later counts with backfill=True (--backfill)"
@@ -189,7 +189,7 @@ def _summary(job: Job, results: dict[int, list[Any]]) -> TrainingSummary:
             "more than their lateness, and these rows see what was loaded before them; with backfill=True (--backfill) "
             "they see what happened before them"
         )
-    if reads.near:
+    if 100 * reads.near >= max(1, rows):
         said.append(
             f"{reads.near:,} rows have the key and time of a logged event but are none, for they differ in "
             f"{', '.join(reads.differs)}; they are read as of their time, and such an event counts in it"
