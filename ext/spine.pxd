@@ -113,8 +113,7 @@ cdef class SpineRun:
         bint any_key
         bint many_keys
         bint hopeless             # fewer keys would not make it fit
-        # backfill: the partition's events, to be sorted; and every event's time where idle entities are forgotten
-        bint forgets
+        # backfill: the partition's events, to be sorted
         int64_t n_kept
         int64_t room
         ps_slot *kept_slots
@@ -122,9 +121,6 @@ cdef class SpineRun:
         int64_t *kept_time
         int64_t *kept_place       # sequence; ~sequence of one that was not applied
         ps_arena kept
-        int64_t n_times
-        int64_t times_room
-        int64_t *all_times
 
     cdef int partition_of(self, uint64_t hash) noexcept nogil
     cdef uint64_t key_hash(self) noexcept nogil
@@ -145,7 +141,7 @@ cdef class SpineRun:
     cdef void as_event(self, int64_t at, ps_slot *slots, uint8_t *status, ps_arena *arena, ps_slot *values,
                        uint8_t *statuses, ps_event *event) noexcept nogil
     cdef bint stands_before(self, int64_t row, int64_t k, int64_t sequence) noexcept nogil
-    cdef int replay(self, const int64_t *order, const int64_t *times) noexcept nogil
+    cdef int replay(self, const int64_t *order) noexcept nogil
 
 
 cdef class FunctionRun:

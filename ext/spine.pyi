@@ -28,7 +28,6 @@ class SpineRun:
         lateness: int,
         budget: int,
         width: int,
-        forgets: bool,
     ) -> None: ...
     def choose(self) -> npt.NDArray[np.int64]: ...
     def begin(

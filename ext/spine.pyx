@@ -48,7 +48,7 @@ cdef class SpineRun:
     """
 
     def __cinit__(self, Core core, Source source, WindowStore store, EventReader reader, ColumnSet columns, tuple key,
-                  int part, int parts, str mode, int64_t lateness, uint64_t budget, int width, bint forgets):
+                  int part, int parts, str mode, int64_t lateness, uint64_t budget, int width):
         self.core = core
         self.source = source
         self.store = store
@@ -61,7 +61,6 @@ cdef class SpineRun:
         self.lateness = lateness
         self.budget = budget
         self.width = width
-        self.forgets = forgets and self.mode == BACKFILL
         self.slots = <ps_slot *>checked(width, sizeof(ps_slot))
         self.status = <uint8_t *>checked(width, 1)
         self.block_slots = <ps_slot *>checked(OPS * width, sizeof(ps_slot))
@@ -96,7 +95,6 @@ cdef class SpineRun:
         free(self.kept_time)
         free(self.kept_place)
         free(self.kept.data)
-        free(self.all_times)
 
     cdef int partition_of(self, uint64_t hash) noexcept nogil:
         return <int>((hash >> 32) % <uint64_t>self.parts)
@@ -274,19 +272,15 @@ cdef class SpineRun:
     def finish(self):
         """The log has ended: read the rows that still wait. False where memory was too small."""
         cdef int code = 0
-        cdef int64_t[::1] order, times
+        cdef int64_t[::1] order
         if self.mode == BACKFILL and self.next_row < self.n_rows:
             ordered = np.empty(0, dtype=np.int64)
             if self.n_kept:
                 # Kept in the order of the log: the sort is stable.
                 ordered = np.argsort(np.asarray(<int64_t[:self.n_kept]>self.kept_time), kind="stable").astype(np.int64)
-            every = np.empty(0, dtype=np.int64)
-            if self.n_times:
-                every = np.sort(np.asarray(<int64_t[:self.n_times]>self.all_times), kind="stable")
             order = ordered
-            times = every
             with nogil:
-                code = self.replay(&order[0] if self.n_kept else NULL, &times[0] if self.n_times else NULL)
+                code = self.replay(&order[0] if self.n_kept else NULL)
         elif self.mode != BACKFILL:
             with nogil:
                 code = self.read_until(<int64_t>((<uint64_t>1 << 63) - 1), -1)
@@ -544,17 +538,6 @@ cdef class SpineRun:
         if mapping.read(r, self.slots, self.status, &self.arena, &erased) != 0:
             return -1
         at = self.slots[self.source.c.time].i
-        if self.forgets and r.outcome == OUTCOME_APPLIED:
-            if self.n_times == self.times_room:
-                room = 2 * self.times_room + 4096
-                memory = realloc(self.all_times, 8 * room) if <uint64_t>(8 * room) <= self.budget else NULL
-                if memory == NULL:
-                    self.hopeless = True
-                    return TOO_LARGE
-                self.all_times = <int64_t *>memory
-                self.times_room = room
-            self.all_times[self.n_times] = at
-            self.n_times += 1
         self.core.prepare_keys(self.source.c.keys, 1, self.slots, &self.arena, &self.keys)
         hash = self.key_hash()
         if self.partition_of(hash) != self.part:
@@ -595,9 +578,9 @@ cdef class SpineRun:
             return self.bound_times[row] < self.kept_time[k]
         return self.bounds[row] <= sequence
 
-    cdef int replay(self, const int64_t *order, const int64_t *times) noexcept nogil:
+    cdef int replay(self, const int64_t *order) noexcept nogil:
         """The kept events in the order S6, and each row when all events that it sees are applied."""
-        cdef int64_t i, j, k = 0, at = 0, first, sequence = -1, seen = 0
+        cdef int64_t i, j, k = 0, at = 0, first, sequence = -1
         cdef int code
         cdef bint applied = False
         cdef ps_slot *slots
@@ -611,10 +594,6 @@ cdef class SpineRun:
             first = self.next_row
             while self.next_row < self.n_rows and (i == self.n_kept or self.stands_before(self.next_row, k, sequence)):
                 j = self.next_row
-                while seen < self.n_times and times[seen] <= self.bound_times[j]:
-                    seen += 1
-                if seen and times[seen - 1] > self.watermark:
-                    self.watermark = times[seen - 1]
                 code = self.queue(j, BEFORE if i < self.n_kept and self.is_own(j, sequence) else WHOLE, self.hashes[j],
                                   NULL, NULL, NULL)
                 if code != 0:
@@ -625,11 +604,6 @@ cdef class SpineRun:
             slots = self.kept_slots + k * self.width
             status = self.kept_status + k * self.width
             if applied:
-                # Where idle entities are forgotten, the watermark is that of all events before this one's time.
-                while seen < self.n_times and times[seen] < at:
-                    seen += 1
-                if seen and times[seen - 1] > self.watermark:
-                    self.watermark = times[seen - 1]
                 self.core.prepare_keys(self.source.c.keys, 1, slots, &self.kept, &self.keys)
                 code = self.queue(-1, WHOLE, self.key_hash(), slots, status, &self.kept)
                 if code != 0:

@@ -420,7 +420,9 @@ def test_a_state_that_does_not_fit_is_split_by_keys(big, monkeypatch, backfill):
     assert told[-1][1] > 2 * 20_000  # more passes than were planned
 
 
-@pytest.mark.parametrize(("backfill", "what"), [(False, "the state of one key"), (True, "what every pass holds")])
+@pytest.mark.parametrize(
+    ("backfill", "what"), [(False, "the state of one key"), (True, "what is kept of one key's events")]
+)
 def test_memory_that_no_split_makes_enough(tmp_path, monkeypatch, backfill, what):
     n = 30_000
     table = pa.table({"who": ["a"] * n, "amount": [1.0] * n, "at": range(BASE, BASE + n)})
@@ -706,7 +708,7 @@ TYPED = {"who": ["a"], "at": pa.array([BASE], type=UTC)}
         (
             {**TYPED, "amount": ["much"]},
             {"features": ["spend"]},
-            "amount: string in the spine, but float64 in Pay: whether a row is one of the log's own events cannot be told",
+            "amount: string in the spine, but float64 in Pay: whether a row is one of the log's own events cannot be",
         ),
     ],
 )

@@ -27,7 +27,9 @@ class View(NamedTuple):
     type: str
     key: str
     include: bool
-    outputs: tuple[tuple[str, str, str | None, int | None, Any], ...]  # name, function, column, length (None: Lifetime), default
+    outputs: tuple[
+        tuple[str, str, str | None, int | None, Any], ...
+    ]  # name, function, column, length (None: Lifetime), default
 
 
 def same(a, b):
@@ -110,10 +112,12 @@ def training_set(kinds, views, log, spine, columns, time, types, mode, own="auto
             seen = [e for _, e in sorted(seen, key=lambda one: one[0])]
             if view.include and is_own:
                 mine = log[number]
-                if mine.type == view.type and mine.row["at"] <= at and (
-                    mine.outcome != "applied" or same(mine.row[view.key], row[view.key])
+                if (
+                    mine.type == view.type
+                    and mine.row["at"] <= at
+                    and (mine.outcome != "applied" or same(mine.row[view.key], row[view.key]))
                 ):
-                    seen.append(mine.row)
+                    seen = sorted([*seen, mine.row], key=lambda e: e["at"])  # newest of its own time
                     newest = max(newest, mine.row["at"]) if mine.outcome == "applied" else newest
             elif view.include and mode != "backfill" and not (number is not None and number < (given or 0)):
                 seen.append({**{f: row.get(f) for f in ("x", "n", "note", "y")}, "at": at})

@@ -123,7 +123,9 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("--time", metavar="COLUMN", help="the spine's time, where it cannot be told")
     parser.add_argument("--sequence", metavar="COLUMN", help="the event of the log before which a row is read")
     parser.add_argument("--backfill", action="store_true", help="also what was ingested after a row's time")
-    parser.add_argument("--own", choices=("auto", "never"), default="auto", help="whether rows are looked for in the log")
+    parser.add_argument(
+        "--own", choices=("auto", "never"), default="auto", help="whether rows are looked for in the log"
+    )
     parser.add_argument("--statuses", action="store_true", help="a status column beside each feature")
     parser.add_argument("--workers", metavar="N", type=int, help="default: one per core")
     parser.add_argument("--memory", metavar="SIZE", default="1GiB", help="for state, over all workers (1GiB)")

@@ -17,7 +17,7 @@ from .._ext.own_events import Look, SpineSearch
 from ..definitions.event import Field
 from ..errors import EventError, LogError, PenstockError
 from ..plan import EventPlan
-from ..tables import _default, cast_column, one_array, pyarrow, sound_column
+from ..tables import cast_column, one_array, pyarrow, sound_column
 from .history import History
 from .schemas import EventSchema, event_mapping
 
@@ -102,13 +102,12 @@ def _walk(job: Job, history: History, walk: SpineSearch, tell: Callable[[int], N
     events = {event.name: event for event in [*_candidates(job), *(unit.event for unit in job.units)]}
     told = 0
     for piece in history.pieces(0, history.last_sequence):
-        known = [
-            events.get(schema.name) if isinstance(schema, EventSchema) else None for schema in piece.schemas
-        ]
-        mappings = [
-            None if event is None else event_mapping(schema, event) for schema, event in zip(piece.schemas, known)
-        ]
-        times = [-1 if event is None else event.time for event in known]
+        mappings: list[Any] = []
+        times = []
+        for schema in piece.schemas:
+            event = events.get(schema.name) if isinstance(schema, EventSchema) else None
+            mappings.append(event_mapping(schema, event) if isinstance(schema, EventSchema) and event else None)
+            times.append(event.time if event else -1)
         at, why = piece.start, "some"
         while why == "some":
             try:
@@ -164,11 +163,8 @@ def _columns_of(looks: list[Look], job: Job) -> list[list[str]]:
 
 def _compared(job: Job, event: EventPlan) -> list[tuple[int, str]]:
     """What a row is compared in when it has no id: the time, and every field that the spine has."""
-    found = _columns(job, event)
-    found.pop(event.event_id, None) if event.event_id is not None else None
-    if found.get(event.time) == job.time_name:
-        found.pop(event.time)
-    return [(event.time, job.time_name), *found.items()]
+    time = event.time, job.time_name
+    return [time, *((i, name) for i, name in _columns(job, event).items() if i != event.event_id and (i, name) != time)]
 
 
 def _looks(job: Job) -> tuple[list[Look], list[str]]:
@@ -208,7 +204,9 @@ def _looks(job: Job) -> tuple[list[Look], list[str]]:
     return looks, names
 
 
-def _cells(job: Job, event: EventPlan, field: Field, name: str, is_key: bool) -> tuple[Times, Any, npt.NDArray[np.uint8]]:
+def _cells(
+    job: Job, event: EventPlan, field: Field, name: str, is_key: bool
+) -> tuple[Times, Any, npt.NDArray[np.uint8]]:
     """A column as its field's values: 8 bytes per row, or offsets and bytes; and a state per row."""
     pa = pyarrow()
     array = one_array(sound_column(job.spine.column(name), name))
@@ -220,30 +218,21 @@ def _cells(job: Job, event: EventPlan, field: Field, name: str, is_key: bool) ->
         array, state = _whole(array, state)
     elif is_key and _may_be_typed(job, event) and field.type in ("int64", "string"):
         array, state = _key_as(array, field.type, state)
+    elif field.type == "int64" and pa.types.is_uint64(array.type):
+        numbers = np.asarray(array.fill_null(0)).view(np.int64)
+        state[numbers < 0] = NO_CELL  # beyond int64
+        array = pa.array(numbers)
     try:
-        if pa.types.is_unsigned_integer(array.type) and pa.types.is_uint64(array.type):
-            high = np.asarray(array.fill_null(0)) >> 63 != 0
-            state[high] = NO_CELL
-            array = pa.array(np.asarray(array.fill_null(0)) & ((1 << 63) - 1)) if field.type == "int64" else array
         array = cast_column(array, field.type, name, field.unit)
     except EventError:
         raise EventError(
             f".{name}",
-            f"{array.type} in the spine, but {field.type} in {event.name}: whether a row is one of the log's own events "
-            f"cannot be told. Give the column another name or type, or say own='never'",
+            f"{array.type} in the spine, but {field.type} in {event.name}: whether a row is one of the log's own events"
+            " cannot be told. Give the column another name or type, or say own='never'",
         ) from None
-    if not field.optional:
-        # What ingesting it would have made of a null.
-        default = _default(field)
-        null = state == NULL_CELL
-        if null.any() and default is None:
-            state[null] = NO_CELL
-        elif null.any():
-            filled = pa.scalar(int(default) if field.type == "timestamp" else default)
-            array = array.fill_null(filled.cast(array.type)) if not pa.types.is_floating(array.type) else pa.array(
-                np.where(null, default, np.asarray(array.fill_null(0.0)))
-            )
-            state[null] = A_CELL
+    null = state == NULL_CELL
+    if null.any() and not field.optional:
+        state[null] = NO_CELL  # no event of the log has a null here
     if field.type == "string":
         wide = array.cast(pa.large_string())
         if n == 0:
@@ -253,9 +242,7 @@ def _cells(job: Job, event: EventPlan, field: Field, name: str, is_key: bool) ->
         texts = None if buffers[2] is None else np.frombuffer(buffers[2], dtype=np.uint8)
         return offsets, texts, state
     if field.type == "float64":
-        numbers = np.asarray(array.fill_null(0.0)) + 0.0  # -0.0 equals 0.0
-        state[np.isnan(numbers) & (state == A_CELL)] = NULL_CELL
-        return numbers.view(np.int64), None, state
+        return (np.asarray(array.fill_null(0.0)) + 0.0).view(np.int64), None, state  # -0.0 equals 0.0
     if field.type == "bool":
         array = array.cast(pa.int8()).cast(pa.int64())
     return np.array(array.fill_null(0), dtype=np.int64), None, state

@@ -62,7 +62,7 @@ class FeatureParity(msgspec.Struct, kw_only=True):
 
 class TimeParity(msgspec.Struct, frozen=True, kw_only=True):
     """Scores against a training set that was asked for with T alone. in_flight: rows that differ, and between whose
-    T and scoring events came in, which T alone leaves out, or that had come in by T themselves (S5): never a mismatch."""
+    T and scoring events came in, which T alone leaves out, or that had come in by T themselves (S5): no mismatch."""
 
     compared: int
     equal: int

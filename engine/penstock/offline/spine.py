@@ -440,8 +440,8 @@ class Job:
         return found
 
     def run(self, task: Task, history: History, budget: int, tell: Callable[[int], None]) -> Any:
-        """One pass over the log: a table of row numbers, values (8 bytes, or strings), status bytes, and `any`: whether the
-        row has a value that is no count of 0.
+        """One pass over the log: a table of row numbers, values (8 bytes, or strings), status bytes, and `any`: whether
+        the row has a value that is no count of 0.
 
         None where the state does not fit into the budget.
         """
@@ -477,8 +477,8 @@ class Job:
 
 
 class _Pass:
-    """One pass of one partition over the log. Rows as of their time that are older than the watermark by more than `reach`
-    are set aside."""
+    """One pass of one partition over the log. Rows as of their time that are older than the watermark by more than
+    `reach` are set aside."""
 
     def __init__(self, job: Job, unit: Unit, task: Task, lateness: int, reach: int, budget: int) -> None:
         self.job = job
@@ -511,9 +511,8 @@ class _Pass:
             task.parts,
             job.mode,
             reach,
-            budget // 4,  # with backfill: of the events that wait to be sorted, and as much of all event times
+            budget // 2,  # with backfill: of the events that wait to be sorted
             max(2, len(unit.event.fields)),
-            store.retention is not None,
         )
         self.beyond: npt.NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
         self.anything: npt.NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
@@ -525,6 +524,9 @@ class _Pass:
         pa = pyarrow()
         unit, run = self.unit, self.run
         reads = self.job.reads
+        if history.first_sequence > 0 and unit.event.name in (marks := history.first_watermarks()):
+            # What retention dropped is not newer than this: a window that reaches back to it cannot be known (S17).
+            self.state.miss_before(max(FIRST_TIME, marks[unit.event.name]) + 1)
         bounds = reads.bound[rows]
         if self.job.asked.backfill:
             places = np.lexsort((bounds, reads.time[rows]))
@@ -552,7 +554,7 @@ class _Pass:
         )
         if not (self._feed(history, tell) and run.finish()):
             if run.never_fits:
-                what = "what every pass holds" if self.job.asked.backfill else "the state of one key"
+                what = "what is kept of one key's events" if self.job.asked.backfill else "the state of one key"
                 raise PenstockError(
                     f"{what} does not fit into {self.budget / 2**20:,.1f} MiB, a worker's share; "
                     "give more memory= or fewer workers="

@@ -29,7 +29,6 @@ from ..errors import PenstockError
 from ..plan import Plan
 from ..tables import _constant, _default, arrow_table, one_array, pyarrow
 from .history import History
-from .own_events import OWN
 from .spine import MOST_PARTS, PRESENT, Asked, Feature, Job, Task, Times, history_events, open_history
 
 __all__ = ["TrainingSummary", "training_set"]
@@ -44,7 +43,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1
 
 class TrainingSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What a training set's rows were. own: rows that are one of the log's own events; as_of_time: the others that have
-    a value which is no count of 0; nothing: those that have none. warnings: what the user should hear, a sentence each."""
+    a value which is no count of 0; nothing: those that have none. warnings: what should be heard, a sentence each."""
 
     rows: int
     own: int
@@ -88,11 +87,11 @@ def training_set(
     time: the column with T; left out, the event type's time field, or the spine's only timestamp column.
 
     A row that is one of the log's own events gets what scoring that event gave: what had been applied before it, and
-    INVALID where the online state had given up its T (S14). It is that event if the event id is the same; without one, if
-    the key, the time and every field of the event that the spine has are equal; of several equal ones each row takes
-    the next, in log order, and rows beyond them the last. own="never" looks for none.
-    Any other row sees events with event time <= T and ingest time <= T (S5) that were applied; late and quarantined ones
-    were not; it is read from all of history, however old T is.
+    INVALID where the online state had given up its T (S14). It is that event if the event id is the same; without one,
+    if the key, the time and every field of the event that the spine has are equal; of several equal events each row
+    takes the next, in log order, and rows beyond them the last. own="never" looks for none.
+    Any other row sees events with event time <= T and ingest time <= T (S5) that were applied; late and quarantined
+    ones were not; it is read from all of history, however old T is.
     sequence: a column with the sequence before which events count, in place of both: K as a score was logged with it.
     backfill: every event with event time <= T counts, whenever it came, in the order S6; of a row that is one of the
     log's own events those before it in that order.
@@ -148,7 +147,7 @@ def training_set(
             results = run_tasks(portable, log, history, job, tasks, budget, folder, tally)
         else:
             results = _run_threads(job, history, tasks, workers, budget, folder, tally)
-        told_rows = _summary(job, results)
+        told_rows = _summary(job, results, max(0, history.first_sequence))
         if summary is not None:
             summary(told_rows)
         else:
@@ -163,8 +162,8 @@ def training_set(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _summary(job: Job, results: dict[int, list[Any]]) -> TrainingSummary:
-    """What the rows were, and what is wrong with them all."""
+def _summary(job: Job, results: dict[int, list[Any]], begins: int) -> TrainingSummary:
+    """What the rows were, and what is wrong with them all. begins: the first event that history still has."""
     anything = np.zeros(job.spine.num_rows, dtype=bool)
     for tables in results.values():
         for table in tables:
@@ -175,8 +174,8 @@ def _summary(job: Job, results: dict[int, list[Any]]) -> TrainingSummary:
     said = []
     if reads.blind and not anything.any():
         said.append(
-            f"every feature of every row is null or 0: history was ingested after its time, and a row sees what had been "
-            f"ingested by its own ({reads.blind:,} rows before anything was); backfill=True (--backfill) counts it"
+            "every feature of every row is null or 0: history was ingested after its time, and a row sees what had been"
+            f" ingested by its own ({reads.blind:,} rows before anything was); backfill=True (--backfill) counts it"
         )
     elif 2 * reads.blind > rows:
         said.append(
@@ -185,19 +184,23 @@ def _summary(job: Job, results: dict[int, list[Any]]) -> TrainingSummary:
         )
     if 2 * reads.loaded > reads.found and not job.asked.backfill and job.sequences is None:
         said.append(
-            f"history was loaded after its time: the events of {reads.loaded:,} rows came in later than they happened by "
-            "more than their lateness, and these rows see what was loaded before them; with backfill=True (--backfill) "
-            "they see what happened before them"
+            f"history was loaded after its time: the events of {reads.loaded:,} rows came in later than they happened,"
+            " by more than their lateness, and these rows see what was loaded before them; with backfill=True"
+            " (--backfill) they see what happened before them"
         )
     if 100 * reads.near >= max(1, rows):
         said.append(
             f"{reads.near:,} rows have the key and time of a logged event but are none, for they differ in "
             f"{', '.join(reads.differs)}; they are read as of their time, and such an event counts in it"
         )
+    if begins:
+        said.append(
+            f"history begins at event {begins:,}: features whose windows reach further back are null and INVALID"
+        )
     if reads.moved:
         said.append(
-            f"{reads.moved:,} rows have the id of a logged event and another time: they see nothing that came in behind "
-            'that event; own="never" reads them as of their time'
+            f"{reads.moved:,} rows have the id of a logged event and another time: they see nothing that came in behind"
+            ' that event; own="never" reads them as of their time'
         )
     return TrainingSummary(
         rows=rows,
