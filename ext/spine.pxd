@@ -18,7 +18,7 @@ cdef enum:
     AS_OF = 0                 # as of its time
     OWN = 1                   # one of the log's events: what that saw
     SERVED = 2                # by a sequence that was given
-    COUNTED = 3               # the same, and its own event is among what it sees
+    COUNTED = 3               # by a sequence, and its own event is not to be counted on top
     # parts of a row that are read at once
     WHOLE = 0
     BEFORE = 1                # views that do not count its own event

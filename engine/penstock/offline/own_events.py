@@ -36,14 +36,15 @@ MOST_ROWS = (1 << 31) - 2
 
 
 class Reads(msgspec.Struct, kw_only=True):
-    """What each row may see. kind: AS_OF, as of its time; OWN, before its own event; SERVED, by a given sequence, and
-    COUNTED, the same, where its own event is among what it sees. bound: the first sequence that it does not see.
-    time: with backfill it sees the events before (time, bound), in the order S6."""
+    """What each row may see. kind: AS_OF, as of its time; OWN, before its own event; SERVED, by a given sequence;
+    COUNTED, by a sequence, where its own event is among what it sees, or is behind T, and is not to be counted.
+    bound: the first sequence that it does not see. time: with backfill it sees the events before (time, bound), in the
+    order S6. own: the sequence of its own event, -1 where it is none."""
 
     kind: npt.NDArray[np.uint8]
     bound: Times
     time: Times
-    own: Times  # the sequence of its own event, -1 where it is none
+    own: Times
     found: int = 0  # rows that are an event
     moved: int = 0  # of them, by id: rows with another time than the event
     loaded: int = 0  # of them: the event came in after its time by more than its lateness
@@ -88,9 +89,9 @@ def search(job: Job, history: History, tell: Callable[[int], None]) -> Reads:
         reads.blind = int(blind.sum())
     if given is not None:
         kind[own & (sequence == given)] = OWN
-        kind[own & (sequence < given)] = COUNTED
+        kind[own & ((sequence < given) | ((sequence == given) & (time > job.times)))] = COUNTED
         return reads
-    kind[own] = OWN
+    kind[own] = np.where(time > job.times, COUNTED, OWN)[own]
     reads.bound = np.where(own, sequence, reads.bound)
     if job.asked.backfill:
         reads.time = time

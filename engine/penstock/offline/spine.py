@@ -493,6 +493,7 @@ class _Pass:
             n_where=len(store.wheres),
             fingerprint=store.fingerprint,
             max_bytes=budget // 2 if job.asked.backfill else budget,
+            retention=store.lifetime,
         )
         source = Source(unit.event, EventReader(unit.event, set(), set()))
         is_int = unit.event.fields[store.key].type == "int64"
