@@ -62,7 +62,7 @@ class FeatureParity(msgspec.Struct, kw_only=True):
 
 class TimeParity(msgspec.Struct, frozen=True, kw_only=True):
     """Scores against a training set that was asked for with T alone. in_flight: rows that differ, and between whose
-    T and scoring other events came in, which T alone leaves out (S5): never a mismatch."""
+    T and scoring events came in, which T alone leaves out, or that had come in by T themselves (S5): no mismatch."""
 
     compared: int
     equal: int
@@ -280,18 +280,20 @@ def _by_time(engine: Engine, log: str | Path, history: History, pipeline: str) -
     event = engine.plan.events[plan.event]
     served = backfill(engine.plan, log, pipeline=pipeline, spine="scores")
     spine = served.select([field.name for field in event.fields])
-    trained = training_set(engine.plan, log, spine, pipeline=pipeline, time=event.fields[event.time].name)
-    at = np.asarray(spine.column(event.fields[event.time].name).cast("int64"))
+    time = event.fields[event.time].name
+    trained = training_set(engine.plan, log, spine, pipeline=pipeline, time=time, own="never", summary=lambda _: None)
+    at = np.asarray(spine.column(time).cast("int64"))
     times = np.concatenate(
         [
             np.frombuffer(ingest_times(p.data, p.log_id, p.number, p.start, p.end), dtype=np.int64).reshape(-1, 2)
             for p in history.pieces(0, 1 << 62)
         ]
     )
-    # The first event that came in behind T: where it came before the scored one, events were in flight.
+    # The first event that came in behind T: where it is not the scored one, T alone means another K, and events were in
+    # flight, or the scored one itself had come in by its own time.
     behind = np.searchsorted(times[:, 1], at, side="right")
     first = np.append(times[:, 0], 1 << 62)[behind]
-    in_flight = first < np.asarray(served.column("_sequence"))
+    in_flight = first != np.asarray(served.column("_sequence"))
     differs = np.zeros(len(at), dtype=bool)
     unexplained: list[str] = []
     for index in plan.features:
