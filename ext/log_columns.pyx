@@ -15,7 +15,7 @@ from penstock.errors import LogError
 
 from penstock._ext.event_record cimport (
     PS_ERASED, PS_RECORD_EVENT, PS_RECORD_HEAD, PS_RECORD_MARK, PS_RECORD_MISFIT, PS_RECORD_MOST, PS_RECORD_SCHEMA,
-    PS_RECORD_SCORE, ps_pad8, ps_record, ps_record_check, ps_record_crc, ps_record_fixed, ps_record_misfit,
+    PS_RECORD_SCORE, ps_pad8, ps_record, ps_record_crc, ps_record_fixed, ps_record_misfit,
     ps_record_read, ps_record_seed, ps_record_slots, ps_record_status, ps_record_strings, ps_record_versions, ps_score,
 )
 from penstock._ext.row cimport (
@@ -591,22 +591,6 @@ def build_records(int64_t log_id, uint64_t number, int64_t first_sequence, uint6
 cdef void close(ps_record *r, uint32_t length, int64_t log_id, uint64_t number, uint64_t offset) noexcept nogil:
     r.length = length
     r.crc = ps_record_crc(r, length, ps_record_seed(<uint64_t>log_id, number, offset))
-
-
-def prelude_end(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start, uint64_t end):
-    """The offset behind the schemas and the mark that a segment begins with."""
-    cdef uint64_t at = start
-    cdef int64_t length
-    cdef const ps_record *r
-    while at < end:
-        length = ps_record_check(<const char *>&data[0], end, at, <uint64_t>log_id, number)
-        if length <= 0:
-            break
-        r = <const ps_record *>(&data[at])
-        if r.kind != PS_RECORD_SCHEMA and r.kind != PS_RECORD_MARK:
-            break
-        at += length
-    return at
 
 
 def same_records(const uint8_t[::1] a, uint64_t a_at, const uint8_t[::1] b, uint64_t b_at, uint64_t b_end):
