@@ -4,7 +4,8 @@ The handler is native: the second signal ends a process whose loop is held up in
 of its container, whose default handlers do nothing. What must stay true: a forked child never stops its parent.
 """
 
-from libc.signal cimport SIG_DFL, sighandler_t, signal
+from libc.errno cimport errno
+from libc.signal cimport sighandler_t, signal
 from posix.types cimport pid_t
 from posix.unistd cimport _exit, getpid, write
 
@@ -16,11 +17,13 @@ cdef int seen = 0
 cdef void arrived(int number) noexcept nogil:
     global seen
     cdef char one = 1
+    cdef int before = errno
     if seen or getpid() != owner:
         _exit(128 + number)
     seen = 1
     if wake < 0 or write(wake, &one, 1) != 1:
         _exit(128 + number)
+    (&errno)[0] = before
 
 
 def stop_on(numbers, int descriptor):
