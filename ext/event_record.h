@@ -118,13 +118,15 @@ static inline uint32_t ps_record_fixed(int is_score, uint32_t n_versions, uint32
 
 enum { PS_RECORD_MISFIT = -2, PS_MOST_EXPERIMENTS = sizeof(((ps_score *)0)->arms) };
 
+enum { PS_REQUIRED = 1, PS_REQUIRED_TIME = 2 }; /* the event's time: within -2^61..2^61 microseconds */
+
 /* One schema of a segment, as a reader wants it. */
 typedef struct {
     uint8_t is_score;
     uint8_t n_versions; /* of an event that was applied (the others have none); of a score */
     uint16_t n_fields;
     const uint8_t *types;    /* ps_type per field */
-    const uint8_t *required; /* per field of an event: cannot be null */
+    const uint8_t *required; /* per field of an event: PS_REQUIRED, PS_REQUIRED_TIME, or 0 where it can be null */
     uint16_t n_actions, n_models, n_failures;
     uint8_t n_reasons, n_experiments;
     uint8_t n_arms[PS_MOST_EXPERIMENTS];
@@ -186,6 +188,8 @@ static inline const char *ps_record_misfit(const ps_record *r, uint64_t offset, 
             if (offset_in + length > room) return "its text does not lie within the record";
             used += length;
             if (used > room) return "the texts up to it are longer than the record";
+        } else if (!is_score && s->required[i] == PS_REQUIRED_TIME) {
+            if (slots[i].i > (int64_t)1 << 61 || slots[i].i < -((int64_t)1 << 61)) return "its time lies outside -2^61..2^61";
         } else if (s->types[i] == PS_BOOL && !is_score && slots[i].u > 1) {
             return "it is neither true nor false";
         }

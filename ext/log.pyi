@@ -58,7 +58,7 @@ class Record(NamedTuple):
 
 class RecordLayout(NamedTuple):
     is_score: bool
-    fields: list[tuple[str, str, bool]]
+    fields: list[tuple[str, str, int]]
     versions: int
     actions: int = 0
     models: int = 0

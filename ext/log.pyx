@@ -231,7 +231,7 @@ def segment_mark(const uint8_t[::1] data):
     return SegmentMark(mark.synced, mark.end, mark.last_sequence)
 
 
-#: A schema as RecordSchemas wants it. fields: (name, type, cannot be null); versions: of an event that was applied, or
+#: A schema as RecordSchemas wants it. fields: (name, type, 0; 1: cannot be null; 2: is the event's time); versions: of an event that was applied, or
 #: of a score; actions, models, failures, reasons: how many words there are; arms: how many per experiment.
 RecordLayout = namedtuple(
     "RecordLayout", "is_score fields versions actions models failures reasons arms", defaults=(0, 0, 0, 0, ())
@@ -259,7 +259,7 @@ cdef class RecordSchemas:
         for i, layout in enumerate(layouts):
             s = &self.all[i]
             types = bytes([TYPE_CODES[type] for _, type, _ in layout.fields] + [0])
-            required = bytes([bool(cannot) for _, _, cannot in layout.fields] + [0])
+            required = bytes([required for _, _, required in layout.fields] + [0])
             self.keep.append((types, required))
             self.fields.append([name for name, _, _ in layout.fields])
             s.is_score = layout.is_score

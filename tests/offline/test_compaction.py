@@ -112,10 +112,13 @@ def test_any_bits_of_a_record_come_back(fuzzed_log: Path, changes: list[tuple[in
                 data[at + places_in_it[(where + i) % len(places_in_it)]] = byte
             native.put_record(data, logs.log_id, 1, at, record.length)
         path.write_bytes(data)
+        refused = ""
         try:
             compact(folder)
-        except LogError as error:  # of no schema: test_crafted_records.py
-            assert f"{path} at offset " in str(error)
+        except LogError as error:
+            refused = str(error)
+        if refused:  # of no schema: test_crafted_records.py
+            assert f"{path} at offset " in refused
             assert BatchStore.of(logs).batches() == []
             assert not list(folder.rglob("*.parquet"))
             return

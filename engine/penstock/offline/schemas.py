@@ -201,15 +201,15 @@ def record_schemas(schemas: list[Schema], prelude: int = 0) -> RecordSchemas:
 
 def _record_layout(schema: Schema) -> RecordLayout:
     if isinstance(schema, EventSchema):
-        needed = {schema.time, *(at for _, at in schema.stores)}
+        keys = {at for _, at in schema.stores}
         fields = [
-            (field.name, field.type, i == schema.time or (i in needed and not field.optional))
+            (field.name, field.type, 2 if i == schema.time else int(i in keys and not field.optional))
             for i, field in enumerate(schema.fields)
         ]
         return RecordLayout(False, fields, len(schema.stores))
     return RecordLayout(
         True,
-        [(name, kind, False) for name, kind in schema.values],
+        [(name, kind, 0) for name, kind in schema.values],
         len(schema.reads),
         len(schema.actions),
         len(schema.models),

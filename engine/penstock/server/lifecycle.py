@@ -79,8 +79,8 @@ def _run(app: App | Engine | None, config: ServerConfig, signals: _Signals) -> i
 
 
 class _Signals:
-    """What signals mean while a server starts and runs. Once armed, the first that stops makes a descriptor readable, and
-    the second ends the process, also while it closes. What they meant before comes back at the end."""
+    """What signals mean while a server starts and runs. Once armed, the first that stops makes a descriptor readable,
+    and the second ends the process, also while it closes. What they meant before comes back at the end."""
 
     def __enter__(self) -> _Signals:
         from .._ext.signals import stop_on
