@@ -157,7 +157,8 @@ def main(base: Path, work: Path, seed: int, sample: int) -> None:
                     found[reader] = "read"
                 except PenstockError as error:
                     found[reader] = f"refused: {error}"
-                    kept = kept and (copy / name).read_bytes() == made and not list(copy.rglob("*.parquet"))
+                    kept = kept and (copy / name).read_bytes() == made
+                    kept = kept and (fit or not list(copy.rglob("*.parquet")))
                 except Exception as error:
                     found[reader] = f"raised: {type(error).__name__}: {error}"
                 shutil.rmtree(copy)

@@ -91,7 +91,7 @@ def test_any_events_come_back_bit_for_bit(events: list[dict[str, Any]]) -> None:
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6), st.binary(min_size=1, max_size=9)), max_size=9))
 def test_any_bits_of_a_record_come_back(fuzzed_log: Path, changes: list[tuple[int, int, bytes]]) -> None:
-    """Records as no engine writes them: any status, bits behind a null, text that is no UTF-8, offsets out of place."""
+    """Records as no engine writes them: any status, bits behind a null, offsets out of place."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "log"
         shutil.copytree(fuzzed_log, folder)
