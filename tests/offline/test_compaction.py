@@ -161,7 +161,7 @@ def test_nan_payloads_and_negative_zero_keep_their_bits(tmp_path: Path) -> None:
 
 
 def test_times_that_no_date_can_name_come_back(tmp_path: Path) -> None:
-    """No engine writes them, but the window state would take them. Several such days share a date, and each date is one file."""
+    """No engine writes them. Several such days share a date, and each date is one file."""
     far = [-(1 << 61), -(1 << 60), -62_135_596_800_000_001, T0, 253_402_300_800_000_000, 1 << 60, 1 << 61]
     with open_engine(tmp_path) as engine:
         for i in range(len(far)):
