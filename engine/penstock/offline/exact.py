@@ -1,8 +1,8 @@
 """The exact engine (control path): a view's values from raw events, by lists and fractions, each read from scratch.
 
-What `parity --independent` and the tests' oracles compare the window kernel with. It is written from SEMANTICS (S2, S5 to
-S9, S11 to S14, S17) and slow on purpose. What must stay true: it shares no rule with the kernel, and a value depends on
-nothing but the entity's own events, T, K, and the watermark of the source.
+What `parity --independent` and the tests' oracles compare the window kernel with; slow on purpose, after S2, S5 to S9,
+S11 to S14 and S17 alone. What must stay true: it shares no rule with the kernel, and a value depends on nothing but the
+entity's own events, T, K, and the watermark of the source.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Parity by another route (control path): a sample of the logged scores, from raw events by the exact engine (exact.py).
+"""Parity by another route (control path): a sample of logged scores, from raw events by the exact engine (exact.py).
 
-Two walks over the log: the first chooses the scores by a keyed hash, the second collects the events of the entities that
-they touched, so that memory is bounded by the sample. What must stay true: no rule of the window kernel, and no engine,
-has a part in it; what could not be judged is counted apart. Functions, arms, models and rules are not recomputed here.
+Two walks over the log: the first chooses the scores by a keyed hash, the second collects the events of the entities
+that they touched, so that memory is bounded by the sample. What must stay true: no rule of the window kernel, and no
+engine, has a part in it; what could not be judged is counted apart. Functions, arms, models and rules are left out.
 """
 
 from __future__ import annotations
@@ -209,17 +209,17 @@ class _Walks:
         views = {read.view for name in names for read in self.plan.pipelines[name].reads}
         for name in views:
             view = exact_view(self.plan, name)
-            store = self.plan.views[name].store
+            number = self.plan.views[name].store
             # A Lifetime view is told by its whole history, retention too: when an entity began anew (S9).
             back = None if any(output.window is None for output in view.outputs) else view.reach
-            known = reach.get(store, 0)
-            reach[store] = None if back is None or known is None else max(back, known)
+            known = reach.get(number, 0)
+            reach[number] = None if back is None or known is None else max(back, known)
         for score in scores:
             if score.event is None:
                 continue
             for read in self.plan.pipelines[score.schema.pipeline].reads:
-                store = self.plan.views[read.view].store
-                times = wanted.setdefault(store, {}).setdefault(_key_of(self.plan, score, read), [])
+                number = self.plan.views[read.view].store
+                times = wanted.setdefault(number, {}).setdefault(_key_of(self.plan, score, read), [])
                 insort(times, score.as_of)
         sequences = {score.sequence for score in scores}
         stores = {
@@ -243,12 +243,12 @@ class _Walks:
                 place = reading.place_of[event.fields[store.key].name]
                 key = _slot(record.body, base, reading.types, place) if place >= 0 else reading.defaults[store.key]
                 key = canonical_key(key, store.key_type if store.entity in self.plan.typed_entities else None)
-                times = wanted[store.index].get(key)
-                if times is None:
+                read_at = wanted[store.index].get(key)
+                if read_at is None:
                     continue
-                at = bisect_left(times, time)
+                at = bisect_left(read_at, time)
                 back = reach[store.index]
-                if at == len(times) or (back is not None and times[at] > time + back):
+                if at == len(read_at) or (back is not None and read_at[at] > time + back):
                     continue
                 if row is None:
                     row = reading.values(record.body, len(record.versions))[0]
@@ -326,7 +326,7 @@ def _values(plan: Plan, score: Score, read: Any, view: ExactView, seen: _Seen) -
 def _dropped(
     plan: Plan, name: str, view: ExactView, output: Any, value: ExactValue, as_of: int, begins: dict[str, int] | None
 ) -> bool:
-    """Whether a value reaches back to what retention dropped; of an entity that seems unknown, whether its view does."""
+    """Whether a value reaches back to what retention dropped; of one that is null, whether its view does."""
     source = plan.views[name].event
     if begins is None or source not in begins:
         return False
