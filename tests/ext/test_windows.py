@@ -163,7 +163,7 @@ def test_lifetime_at_an_older_time_remembers_what_has_left_the_ring():
     outputs = [Output(f, 0) for f in ("last", "max", "min", "first", "distinct_count")]
     outputs += [Output(f, 1) for f in ("last", "first", "distinct_count")]
     store = WindowStore(["float64", "string"], outputs, lateness=10)
-    oracle = WindowOracle(["float64", "string"], outputs)
+    oracle = WindowOracle(["float64", "string"], outputs, lateness=10)
     for t in range(4000):
         # extremes at 5 and in the last few events; no value at all in between but for a null now and then
         row = [{5: 100.0, 6: -100.0, 3995: 1000.0, 3996: -1000.0}.get(t), {5: "early", 3995: "late"}.get(t)]

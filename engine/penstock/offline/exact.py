@@ -75,7 +75,7 @@ class ExactView(NamedTuple):
         lengths = [output.window for output in self.outputs]
         if None in lengths:
             return self.retention
-        return max(length for length in lengths if length is not None)
+        return max((length for length in lengths if length is not None), default=0)
 
     def values(
         self,
