@@ -197,8 +197,8 @@ def test_a_status_alone_is_a_mismatch(folder):
         for kind, sequence, data in records:
             n = int.from_bytes(data[12:14], "little")
             at = 32 + 72 + 8 * data[14] + 8 * n  # the status bytes
-            if kind == "score" and not done and data[at + 5] == 3:
-                data, done = data[: at + 5] + b"\x02" + data[at + 6 :], True
+            if kind == "score" and not done and data[at + 6] == 3:
+                data, done = data[: at + 6] + b"\x02" + data[at + 7 :], True
             found.append((kind, sequence, data))
         assert done
         return found
