@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import struct
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,6 +122,20 @@ class _Seen:
     def __init__(self) -> None:
         self.events: dict[int, dict[Any, list[RawEvent]]] = {}
         self.watermarks: dict[int, dict[str, int]] = {}
+
+    def sort(self) -> None:
+        """By time, so that of() need not look at all of a busy entity."""
+        for keys in self.events.values():
+            for events in keys.values():
+                events.sort(key=lambda event: event.time)
+
+    def of(self, store: int, key: Any, as_of: int, view: ExactView) -> list[RawEvent]:
+        """An entity's events that a view may reach from T; for Lifetime all."""
+        events = self.events.get(store, {}).get(key, [])
+        if any(output.window is None for output in view.outputs):
+            return events
+        low = bisect_left(events, as_of - (view.reach or 0), key=lambda event: event.time)
+        return events[low : bisect_right(events, as_of, key=lambda event: event.time)]
 
 
 class _Walks:
@@ -256,6 +270,7 @@ class _Walks:
                 seen.events.setdefault(store.index, {}).setdefault(key, []).append(raw)
             if OUTCOMES[record.outcome] == "applied":
                 watermarks[event.name] = max(time, watermarks.get(event.name, time))
+        seen.sort()
         return seen
 
 
@@ -312,7 +327,7 @@ def _compare(
 def _values(plan: Plan, score: Score, read: Any, view: ExactView, seen: _Seen) -> list[ExactValue]:
     """A view's values as of the score's own (T, K) (S5, S8)."""
     what = plan.views[read.view]
-    events = seen.events.get(what.store, {}).get(_key_of(plan, score, read), [])
+    events = seen.of(what.store, _key_of(plan, score, read), score.as_of, view)
     own = what.include_request_event and what.event == plan.pipelines[score.schema.pipeline].event
     return view.values(
         events,
