@@ -227,10 +227,9 @@ def one(output: ExactOutput, rows: Sequence[tuple[int, Row]], as_of: int, empty:
         divisor = n * (n - 1) if function.endswith("samp") else n * n
         if divisor == 0:
             return ExactValue(None, NULL_VALUE)  # S12
-        numerator = nearest(n * exact_sum([Fraction(v) ** 2 for v in values]) - total * total)
-        if numerator is None:
+        variance = divided(n * exact_sum([Fraction(v) ** 2 for v in values]) - total * total, divisor)
+        if variance is None:
             return ExactValue(None, INVALID)
-        variance = numerator / float(divisor)
         return finite(variance if function.startswith("var") else math.sqrt(variance))
     raise AssertionError(f"the exact engine has no {function}")
 
@@ -255,6 +254,20 @@ def nearest(x: Fraction) -> float | None:
     """The double nearest to x, ties to even; None beyond the largest."""
     try:
         return x.numerator / x.denominator  # of integers: rounded once
+    except OverflowError:
+        return None
+
+
+def divided(numerator: Fraction, divisor: int) -> float | None:
+    """The numerator rounded once to a double's 53 bits, divided as doubles are (S13). It may itself be beyond the double
+    range: only the result counts. None where that is beyond it."""
+    if numerator == 0:
+        return 0.0
+    exponent = numerator.numerator.bit_length() - numerator.denominator.bit_length()
+    rounded = nearest(numerator / Fraction(2) ** exponent)
+    assert rounded is not None
+    try:
+        return math.ldexp(rounded / float(divisor), exponent)
     except OverflowError:
         return None
 
