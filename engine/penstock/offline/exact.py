@@ -227,10 +227,10 @@ def one(output: ExactOutput, rows: Sequence[tuple[int, Row]], as_of: int, empty:
         divisor = n * (n - 1) if function.endswith("samp") else n * n
         if divisor == 0:
             return ExactValue(None, NULL_VALUE)  # S12
-        variance = divided(n * exact_sum([Fraction(v) ** 2 for v in values]) - total * total, divisor)
-        if variance is None:
-            return ExactValue(None, INVALID)
-        return finite(variance if function.startswith("var") else math.sqrt(variance))
+        variance = quotient(n * exact_sum([Fraction(v) ** 2 for v in values]) - total * total, divisor)
+        if variance is None or function.startswith("var"):
+            return finite(variance)
+        return finite(math.sqrt(variance))
     raise AssertionError(f"the exact engine has no {function}")
 
 
@@ -258,18 +258,14 @@ def nearest(x: Fraction) -> float | None:
         return None
 
 
-def divided(numerator: Fraction, divisor: int) -> float | None:
-    """The numerator rounded once to a double's 53 bits, divided as doubles are (S13). It may itself be beyond the double
-    range: only the result counts. None where that is beyond it."""
-    if numerator == 0:
+def quotient(x: Fraction, divisor: int) -> float | None:
+    """x rounded once to the digits of a double, whatever its exponent, then divided as doubles are (S13)."""
+    if x == 0:
         return 0.0
-    exponent = numerator.numerator.bit_length() - numerator.denominator.bit_length()
-    rounded = nearest(numerator / Fraction(2) ** exponent)
-    assert rounded is not None
-    try:
-        return math.ldexp(rounded / float(divisor), exponent)
-    except OverflowError:
-        return None
+    scale = Fraction(2) ** (x.numerator.bit_length() - x.denominator.bit_length())
+    digits = nearest(x / scale)
+    assert digits is not None
+    return nearest(Fraction(digits / float(divisor)) * scale)
 
 
 def finite(value: float | None) -> ExactValue:
