@@ -156,7 +156,7 @@ def exact_view(plan: Plan, name: str) -> ExactView:
                 result=o.type,
             )
         )
-    return ExactView(tuple(outputs), store.lateness, getattr(view, "retention", None))
+    return ExactView(tuple(outputs), store.lateness, view.retention)
 
 
 def canonical_key(value: str | int, key_type: str | None) -> tuple[type, str | int]:
