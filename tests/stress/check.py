@@ -1,0 +1,357 @@
+"""One case through every way in (tests only): score, score_batch, replay, the log (backfill, parity, restart), features.
+
+What must stay true: a value is equal to the bit and in its type (exact.py), its status and the outcome too; what SQL
+gives may differ in the last bits of float sums alone. A difference is told, never counted as something else.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pyarrow as pa
+
+from penstock import Engine, EventError, LogOptions, backfill, parity
+from penstock.plan import Plan, compile_plan
+from stress import exact, sql, stream
+from stress.apps import Case, Op, Source, definitions
+
+ARROW = {
+    "string": pa.string(),
+    "int64": pa.int64(),
+    "float64": pa.float64(),
+    "bool": pa.bool_(),
+    "timestamp": pa.int64(),
+}
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+WAYS = ("score", "batch", "replay", "log", "features")
+
+
+@dataclass(frozen=True)
+class Without:
+    """Rules that the kernel under test has not yet: what they say is then not compared."""
+
+    invalid: bool = False
+    known: bool = False
+    variance: bool = False
+    degraded: bool = False
+
+
+@dataclass
+class Found:
+    """What one case gave: how much was compared, and the differences."""
+
+    values: int = 0
+    sql_values: int = 0
+    differences: list[str] = field(default_factory=list)
+
+
+class Checker:
+    def __init__(self, case: Case, without: Without = Without(), most_reads: int = 300, most_cells: int = 20_000) -> None:
+        self.case = case
+        self.app = case.app
+        self.without = without
+        self.definitions = definitions(case.app)
+        self.plan: Plan = compile_plan(self.definitions)
+        self.found = Found()
+        self.rng = random.Random(case.seed + 1)
+        outputs = sum(len(v.outputs) for v in self.plan.views.values())
+        self.most = max(20, min(most_reads, most_cells // max(1, outputs)))
+        self.types = {o.name: o.type for v in self.plan.views.values() for o in v.outputs}
+
+    def run(self, ways: tuple[str, ...] = WAYS) -> Found:
+        try:
+            for way in ways:
+                getattr(self, way)()
+        except Exception as error:  # whatever an engine raises here is a difference
+            self.tell(f"{type(error).__name__}: {error}")
+            if not isinstance(error, (ArithmeticError, LookupError, EventError)):
+                pass
+        return self.found
+
+    def tell(self, text: str) -> None:
+        self.found.differences.append(text)
+
+    # what is expected
+
+    def expect(self, streamed: stream.Stream, reads: list[stream.Read]) -> dict[stream.Read, dict[str, exact.Value]]:
+        """Values by exact fractions, and the same by SQL, compared."""
+        expected = exact.read_all(streamed, reads)
+        for read, name, value, status in sql.read_all(self.plan, streamed, reads):
+            mine, my_status = expected[read][name]
+            self.found.sql_values += 1
+            if status != my_status or not sql.close(mine, value):
+                self.tell(f"the oracles differ: {name} at {read}: exact {mine!r} {my_status}, SQL {value!r} {status}")
+        return expected
+
+    def sample(self, numbers: list[int]) -> list[int]:
+        """Some of them: the last ones, and others at random."""
+        if len(numbers) <= self.most:
+            return numbers
+        last = self.most // 4
+        return sorted(self.rng.sample(numbers[:-last], self.most - last)) + numbers[-last:]
+
+    def same(self, where: str, name: str, got: Any, got_status: str | None, expected: exact.Value) -> None:
+        value, status = expected
+        self.found.values += 1
+        if status == "INVALID" and self.without.invalid:
+            return
+        if got_status is not None and got_status != status:
+            if not (self.without.known and {got_status, status} == {"NULL_VALUE", "NOT_FOUND"}):
+                self.tell(f"{where}: {name}: status {got_status} with {got!r}, right: {status} with {value!r}")
+            return
+        if bits(got, self.types[name]) != bits(value, self.types[name]):
+            if self.without.variance and ("var" in name or "stddev" in name):
+                return
+            self.tell(f"{where}: {name}: {got!r}, right: {value!r} {status}")
+
+    # ways in
+
+    def event(self, op: Op, number: int) -> Any:
+        """As a Struct or as a dict: the same."""
+        return self.plan.events[op.source].type(**op.row) if number % 2 else op.row
+
+    def steps(self, engine: Engine) -> Iterator[tuple[int, Op, Any]]:
+        for number, op in enumerate(self.case.ops):
+            if op.kind == "ingest":
+                yield number, op, engine.ingest(self.event(op, number), event=op.source)
+            else:
+                yield (
+                    number,
+                    op,
+                    engine.score(
+                        self.event(op, number), op.kind != "try", pipeline=f"p_{op.source}", explain=True
+                    ),
+                )
+
+    def score(self) -> None:
+        """One by one, then features() at random T that state must still reach."""
+        self.straight = stream.run(self.case)
+        scored = [
+            n for n, (op, v) in enumerate(zip(self.case.ops, self.straight.verdicts)) if op.kind != "ingest"
+        ]
+        self.chosen = set(self.sample(scored))
+        reads = self.reads_of(self.straight, self.chosen)
+        self.expected = self.expect(self.straight, reads)
+        engine = Engine(self.plan)
+        for number, op, got in self.steps(engine):
+            self.same_step(f"score, event {number}", self.straight, self.expected, number, op, got)
+        counted = engine.core.counters()["outcomes"]
+        if counted != self.straight.outcomes:
+            self.tell(f"outcomes: {counted}, right: {self.straight.outcomes}")
+        self.engine = engine
+
+    def reads_of(self, streamed: stream.Stream, chosen: set[int]) -> list[stream.Read]:
+        found = {}
+        for number in chosen:
+            verdict = streamed.verdicts[number]
+            for verdict in (verdict, *([streamed.verdicts[verdict.first]] if verdict.first is not None else [])):
+                found.update(dict.fromkeys(verdict.reads.values()))
+        return list(found)
+
+    def same_step(
+        self,
+        where: str,
+        streamed: stream.Stream,
+        expected: dict[stream.Read, dict[str, exact.Value]],
+        number: int,
+        op: Op,
+        got: Any,
+    ) -> None:
+        verdict = streamed.verdicts[number]
+        outcome = got if op.kind == "ingest" else got.outcome
+        if outcome != verdict.outcome:
+            self.tell(f"{where}: outcome {outcome}, right: {verdict.outcome}")
+        if op.kind == "ingest" or number not in self.chosen:
+            return
+        answered = verdict if verdict.first is None else streamed.verdicts[verdict.first]
+        features, statuses = got.features, got.statuses
+        degraded = answered.outcome in ("late", "quarantined")
+        for read in answered.reads.values():
+            for name, value in expected[read].items():
+                degraded |= value[1] == "INVALID"
+                self.same(where, name, features[name], statuses[name], value)
+        if not self.without.degraded and got.degraded is not degraded:
+            self.tell(f"{where}: degraded {got.degraded!r}, right: {degraded}")
+
+    def features(self) -> None:
+        engine, streamed = self.engine, self.straight
+        self.same_features("features", engine, streamed)
+
+    def same_features(self, where: str, engine: Engine, streamed: stream.Stream) -> None:
+        reads = []
+        for view in self.app.views:
+            source = self.app.source(view.source)
+            newest = streamed.watermarks[view.source]
+            if newest == stream.NEVER:
+                continue
+            keys = dict.fromkeys(
+                stream.key_of(self.app, view, e.row[stream.key_field(view, view.source)])
+                for e in streamed.seen[view.source]
+            )
+            for key in [*list(keys)[:6], (str, "never seen")]:
+                for at in self.times(int(newest), source):
+                    reads.append(stream.Read(view.name, key, at, len(self.case.ops), None, newest))
+        self.rng.shuffle(reads)
+        reads = reads[: max(20, self.most // 2)]
+        for read, values in self.expect(streamed, reads).items():
+            found = engine.features(read.view, [read.key[1]], as_of=read.at)
+            for name, value in values.items():
+                self.same(f"{where}, {read}", name, found.rows[0][name], found.statuses[0][name], value)
+
+    def times(self, newest: int, source: Source) -> list[int]:
+        oldest = newest - source.lateness
+        ahead = [0, 1, 10**6, 86400 * 10**6]
+        return [newest, oldest, self.rng.randint(oldest, newest), newest + self.rng.choice(ahead)]
+
+    def batch(self) -> None:
+        """Runs of scored events as tables; a repeated event's features are read anew there."""
+        engine = Engine(self.plan)
+        operations = self.case.ops
+        anew = {n for n in self.chosen if self.straight.verdicts[n].first is not None}
+        expected = {**self.expected, **self.expect(self.straight, self.anew(anew))}
+        number = 0
+        while number < len(operations):
+            op = operations[number]
+            end = number + 1
+            if op.kind == "ingest":
+                engine.ingest(self.event(op, number + 1), event=op.source)
+                number = end
+                continue
+            while end < len(operations) and (operations[end].kind, operations[end].source) == (op.kind, op.source):
+                end += 1
+            rows = [o.row for o in operations[number:end]]
+            table = as_table(rows, self.app.source(op.source))
+            result = engine.score_batch(table, op.kind != "try", pipeline=f"p_{op.source}", explain=True)
+            outcomes = result.column("outcome").to_pylist()
+            columns = {name: result.column(name).to_pylist() for name in self.types}
+            for i in range(number, end):
+                verdict = self.straight.verdicts[i]
+                if outcomes[i - number] != verdict.outcome:
+                    self.tell(f"score_batch, event {i}: outcome {outcomes[i - number]}, right: {verdict.outcome}")
+                if i in self.chosen:
+                    for read in verdict.reads.values():
+                        for name, value in expected[read].items():
+                            value = as_column(value, result.schema.field(name).type)
+                            self.same(f"score_batch, event {i}", name, columns[name][i - number], None, value)
+            number = end
+
+    def anew(self, numbers: set[int]) -> list[stream.Read]:
+        return list(dict.fromkeys(r for n in numbers for r in self.straight.verdicts[n].reads.values()))
+
+    def replay(self) -> None:
+        """Every event as history: merged by time, equal times in the order of the tables, then of the rows."""
+        pipeline = self.app.pipelines[0]
+        names = [s.name for s in self.app.sources]
+        ops = [o for o in self.case.ops if o.kind != "try"]
+        ordered = sorted(ops, key=lambda o: (o.row["at"], names.index(o.source)))
+        ordered = [Op("score" if o.source == pipeline else "ingest", o.source, o.row) for o in ordered]
+        streamed = stream.run(self.case, ordered, event_clock=True)
+        places = [n for n, o in enumerate(ordered) if o.source == pipeline]
+        if not places:
+            return
+        chosen = set(self.sample(places))
+        reads = dict.fromkeys(r for n in chosen for r in streamed.verdicts[n].reads.values())
+        expected = self.expect(streamed, list(reads))
+        tables = {s.name: as_table([o.row for o in ordered if o.source == s.name], s) for s in self.app.sources}
+        result = Engine(self.plan, clock="event").replay(tables, out=f"p_{pipeline}", decisions=True)
+        outcomes = result.column("outcome").to_pylist()
+        columns = {name: result.column(name).to_pylist() for name in self.types}
+        for i, number in enumerate(places):
+            verdict = streamed.verdicts[number]
+            if outcomes[i] != verdict.outcome:
+                self.tell(f"replay, row {i}: outcome {outcomes[i]}, right: {verdict.outcome}")
+            if number in chosen:
+                for read in verdict.reads.values():
+                    for name, value in expected[read].items():
+                        value = as_column(value, result.schema.field(name).type)
+                        self.same(f"replay, row {i}", name, columns[name][i], None, value)
+
+    def log(self) -> None:
+        """With a log: the same answers, a restart in the middle, then backfill and parity over it."""
+        with tempfile.TemporaryDirectory(prefix="penstock-stress-") as folder:
+            options = LogOptions(sync="never", keeper=False)
+            engine = Engine(self.plan, log=folder, log_options=options)
+            half = len(self.case.ops) // 2
+            for number, op, got in self.steps_with_restart(engine, folder, options, half):
+                self.same_step(f"with a log, event {number}", self.straight, self.expected, number, op, got)
+            for name in self.app.pipelines:
+                self.same_backfill(folder, name)
+            report = parity(self.definitions, folder)
+            scores = {p.name: p.scores for p in report.pipelines}
+            for p in report.pipelines:
+                logged = [
+                    n
+                    for n, (op, v) in enumerate(zip(self.case.ops, self.straight.verdicts))
+                    if op.kind == "score" and f"p_{op.source}" == p.name and v.first is None
+                ]
+                if scores[p.name] != len(logged):
+                    self.tell(f"parity: {p.name} has {scores[p.name]} scores, right: {len(logged)}")
+            if not report.ok:
+                self.tell(f"parity: {report}")
+
+    def steps_with_restart(self, engine: Engine, folder: str, options: Any, half: int) -> Iterator[tuple[int, Op, Any]]:
+        for number, op in enumerate(self.case.ops):
+            if number == half:
+                engine.close()
+                engine = Engine(self.plan, log=folder, log_options=options)
+            if op.kind == "ingest":
+                yield number, op, engine.ingest(self.event(op, number), event=op.source)
+            else:
+                score = engine.score(
+                    self.event(op, number), op.kind != "try", pipeline=f"p_{op.source}", explain=True
+                )
+                yield number, op, score
+        self.same_features("features after a restart", engine, self.straight)
+        engine.close()
+
+    def same_backfill(self, folder: str, source: str) -> None:
+        numbers = [e.number for e in self.straight.seen[source] if self.case.ops[e.number].kind != "try"]
+        result = backfill(self.definitions, folder, pipeline=f"p_{source}", spine="events")
+        if result.num_rows != len(numbers):
+            self.tell(f"backfill: {result.num_rows} rows, right: {len(numbers)}")
+            return
+        places = self.sample(list(range(len(numbers))))
+        reads = dict.fromkeys(r for i in places for r in self.straight.verdicts[numbers[i]].reads.values())
+        expected = self.expect(self.straight, list(reads))
+        columns = {name: result.column(name).to_pylist() for name in self.types} if numbers else {}
+        outcomes = result.column("_outcome").to_pylist()
+        for i in places:
+            verdict = self.straight.verdicts[numbers[i]]
+            if outcomes[i] != verdict.outcome:
+                self.tell(f"backfill, event {numbers[i]}: outcome {outcomes[i]}, right: {verdict.outcome}")
+            for read in verdict.reads.values():
+                for name, value in expected[read].items():
+                    value = as_column(value, result.schema.field(name).type)
+                    self.same(f"backfill, event {numbers[i]}", name, columns[name][i], None, value)
+
+
+def bits(value: Any, kind: str) -> Any:
+    """A value as what it must equal to the bit. A feature of floats is a float, whatever its default was written as."""
+    if value is None:
+        return None
+    if isinstance(value, datetime):
+        return int((value - EPOCH) // timedelta(microseconds=1))
+    if kind == "float64":
+        return struct.pack("<d", value)
+    if isinstance(value, float):
+        return ("float", struct.pack("<d", value))
+    return (bool, value) if isinstance(value, bool) else int(value) if isinstance(value, int) else value
+
+
+def as_column(value: exact.Value, kind: pa.DataType) -> exact.Value:
+    """A column of integers with one beyond 64 bits is float64 (S13)."""
+    if pa.types.is_floating(kind) and isinstance(value[0], int) and not isinstance(value[0], bool):
+        return float(value[0]), value[1]
+    return value
+
+
+def as_table(rows: list[dict[str, Any]], source: Source) -> pa.Table:
+    return pa.table(
+        {f.name: pa.array([r[f.name] for r in rows], type=ARROW[f.type], from_pandas=False) for f in source.fields}
+    )

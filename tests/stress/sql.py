@@ -1,0 +1,2 @@
+def read_all(plan, streamed, reads): return []
+def close(a,b): return True
