@@ -7,6 +7,7 @@ Plan, or the other oracles. Slow and obvious: a read looks at every event that t
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
@@ -70,7 +71,9 @@ class ExactViews:
     def __init__(self, stream: Stream) -> None:
         self.app: App = stream.app
         self.events: dict[tuple[str, Any], list[Seen]] = {}
-        self.conditions: dict[Any, bool] = {}
+        self.seen = stream.seen
+        self.rows: dict[Any, set[int]] = {}
+        self.outputs = {v.name: names_of(v) for v in stream.app.views}
         for view in self.app.views:
             for event in stream.seen[view.source]:
                 key = key_of(self.app, view, event.row[key_field(view, view.source)])
@@ -94,7 +97,7 @@ class ExactViews:
         return sorted((e for e in found if e.at <= read.at), key=lambda e: (e.at, e.number))
 
     def read(self, view: View, read: Read) -> dict[str, Value]:
-        outputs = names_of(view)
+        outputs = self.outputs[view.name]
         if read.at < read.watermark - self.app.source(view.source).lateness:
             return {name: (None, "INVALID") for name, _, _ in outputs}
         rows = self.visible(view, read)
@@ -105,12 +108,14 @@ class ExactViews:
         if not known:
             rows = []
         found: dict[str, Value] = {}
-        subsets: dict[Any, list[Seen]] = {}
+        times = [e.at for e in rows]
         for name, a, w in outputs:
-            part = (w, a.closed, id(a.where), a.column)
-            if part not in subsets:
-                subsets[part] = [e for e in rows if self.counts(e, a, w, read.at)]
-            value, status = aggregate(a, subsets[part], read.at)
+            # right: T-W < t <= T; both: T-W <= t <= T; left: T-W <= t < T
+            edge = bisect_right if a.closed == "right" else bisect_left
+            start = 0 if w is None else edge(times, read.at - w)
+            end = bisect_left(times, read.at) if a.closed == "left" else len(times)
+            counts = self.counted(view, a)
+            value, status = aggregate(a, [e for e in rows[start:end] if e.number in counts], read.at)
             if status == "NULL_VALUE" and not known:
                 status = "NOT_FOUND"
             if a.default is not None and value is None and status != "INVALID":
@@ -119,21 +124,17 @@ class ExactViews:
             found[name] = (value, status)
         return found
 
-    def counts(self, event: Seen, a: Aggregate, window: int | None, at: int) -> bool:
-        """Whether an event is a row of an aggregate: within its window, not null, where= true."""
-        if a.column is not None and event.row[a.column] is None:
-            return False
-        age = at - event.at
-        if a.closed == "left" and age == 0:
-            return False
-        if window is not None and (age >= window if a.closed == "right" else age > window):
-            return False
-        if a.where is None:
-            return True
-        place = (id(a.where), event.number)
-        if place not in self.conditions:
-            self.conditions[place] = holds(a.where, event.row) is True
-        return self.conditions[place]
+    def counted(self, view: View, a: Aggregate) -> set[int]:
+        """Numbers of the events that an aggregate counts wherever they stand: not null, where= true."""
+        place = (view.source, a.column, a.where)
+        if place not in self.rows:
+            self.rows[place] = {
+                e.number
+                for e in self.seen[view.source]
+                if (a.column is None or e.row[a.column] is not None)
+                and (a.where is None or holds(a.where, e.row) is True)
+            }
+        return self.rows[place]
 
 
 def aggregate(a: Aggregate, rows: list[Seen], at: int) -> Value:
