@@ -309,7 +309,13 @@ class Draw:
         return ANY_TYPE + (("min", "max") if kind == "timestamp" else ())
 
     def default(self, kind: str) -> Any:
-        choices = {"float64": (-1.5, 0.0, 7), "int64": (0, -7), "bool": (True, False), "string": ("none", ""), "timestamp": (5,)}
+        choices = {
+            "float64": (-1.5, 0.0, 7),
+            "int64": (0, -7),
+            "bool": (True, False),
+            "string": ("none", ""),
+            "timestamp": (5,),
+        }
         return self.rng.choice(choices[kind])
 
     def condition(self, source: Source, depth: int = 0) -> Any:
@@ -325,7 +331,9 @@ class Draw:
         if field.type == "bool":
             return ("is true", field.name)
         values = [self.value(source.name, field) for _ in range(3)]
-        values = [v for v in values if v is not None] or [{"float64": 1.0, "int64": 1, "string": "x", "timestamp": BASE}[field.type]]
+        values = [v for v in values if v is not None] or [
+            {"float64": 1.0, "int64": 1, "string": "x", "timestamp": BASE}[field.type]
+        ]
         if field.type == "timestamp":
             return (rng.choice(("<", ">=", "==")), field.name, ("time", values[0]))
         if field.type == "string":
@@ -340,7 +348,16 @@ class Draw:
         rng = self.rng
         if (source, field.name) not in self.flavours:
             kinds = {
-                "float64": ("cents", "cents", "constant", "wide", "whole", "zeros", "tiny", *(("huge",) if self.rules.huge else ())),
+                "float64": (
+                    "cents",
+                    "cents",
+                    "constant",
+                    "wide",
+                    "whole",
+                    "zeros",
+                    "tiny",
+                    *(("huge",) if self.rules.huge else ()),
+                ),
                 "int64": ("small", "small", "constant", "wide", "edge"),
                 "string": ("few", "many", "long", "odd"),
                 "timestamp": ("near", "far"),

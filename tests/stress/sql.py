@@ -18,7 +18,13 @@ from penstock.plan import EventPlan, Output, Plan, StorePlan, ViewPlan
 from stress.apps import App, View
 from stress.stream import NEVER, Read, Seen, Stream, key_field, key_of
 
-TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_(), "timestamp": pa.int64()}
+TYPES = {
+    "string": pa.string(),
+    "int64": pa.int64(),
+    "float64": pa.float64(),
+    "bool": pa.bool_(),
+    "timestamp": pa.int64(),
+}
 SMALL = 2**52  # squares of integers up to here, 2,000 of them, times 2,000 stay within HUGEINT
 
 
@@ -261,6 +267,7 @@ def output_sql(i: int, o: Output, column: Any, wheres: list[str], huge: bool) ->
 def read_all(plan: Plan, stream: Stream, reads: list[Read]) -> Iterator[tuple[Read, str, Any, str, float]]:
     """(read, feature, value, status, how far a float may be off) of every output of every read."""
     with duckdb.connect(config={"threads": 1}) as connection:
+        connection.execute("SET enable_progress_bar = false")
         views = SqlViews(plan, stream, connection)
         for view in stream.app.views:
             mine = [r for r in reads if r.view == view.name]

@@ -1,0 +1,202 @@
+"""`make stress`: random apps against two implementations that share no rule with the kernel, for as long as is said.
+
+Every seed is a whole app and a stream (apps.py), checked through every way in (check.py) in a child process, so that a
+crash or a hang is a finding like any other. A difference is shrunk and printed as Python that can be pasted.
+Run as a script: python tests/stress/run.py [--minutes 10] [--seed N] [--apps N] [--jobs N]; with --seed and --apps 1
+it repeats one. Exit code 1 where anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import sys
+import time
+import traceback
+from dataclasses import dataclass, fields
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.remove(str(Path(__file__).resolve().parent))
+
+from penstock.terminal import Progress
+from stress.apps import Case, Rules, draw, shown
+from stress.check import Checker, Without
+from stress.shrink import shrink
+
+PATIENCE = 600  # seconds for one case: then it hangs
+
+
+def check_case(case: Case, without: Without, most_reads: int, most_cells: int) -> tuple[int, int, list[str]]:
+    """(values compared, values compared with SQL, differences)."""
+    try:
+        found = Checker(case, without, most_reads, most_cells).run()
+    except Exception:
+        return 0, 0, [traceback.format_exc()]
+    return found.values, found.sql_values, found.differences
+
+
+def child(pipe: Connection) -> None:
+    while True:
+        try:
+            what = pipe.recv()
+        except EOFError:
+            return
+        case, rules, most_events, *rest = what
+        if isinstance(case, int):
+            case = draw(case, rules, most_events)
+        pipe.send(check_case(case, *rest))
+
+
+@dataclass
+class Worker:
+    """A child process and what it is at."""
+
+    pipe: Connection
+    process: Any
+    seed: int = -1
+    since: float = 0.0
+
+
+def start() -> Worker:
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=child, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return Worker(mine, process)
+
+
+def answer(worker: Worker) -> tuple[int, int, list[str]] | None:
+    """What the child found; a crash and a hang are differences. None: it is still at it."""
+    if worker.pipe.poll():
+        try:
+            return worker.pipe.recv()
+        except (EOFError, OSError):
+            worker.process.join()
+            return 0, 0, [f"crashed: the process ended with {worker.process.exitcode}"]
+    if time.monotonic() - worker.since > PATIENCE:
+        worker.process.kill()
+        return 0, 0, [f"hangs: nothing after {PATIENCE} s"]
+    return None
+
+
+def kind_of(difference: str) -> str:
+    """What a smaller case must share with it: the way in, and what is told."""
+    first = difference.split(",")[0].split(":")[0]
+    return first if len(first) < 40 else difference.splitlines()[-1][:40]
+
+
+class Stress:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.without = Without(**{name: True for name in arguments.without})
+        self.rules = Rules(**{name: False for name in arguments.leave_out})
+        self.passed = self.failed = self.values = self.sql_values = 0
+
+    def task(self, case: int | Case) -> tuple[Any, ...]:
+        return case, self.rules, self.arguments.events, self.without, self.arguments.reads, self.arguments.cells
+
+    def run(self) -> int:
+        arguments = self.arguments
+        seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**9)
+        end = time.monotonic() + arguments.minutes * 60
+        started, total = time.monotonic(), arguments.minutes * 60
+        print(f"seeds from {seed}", flush=True)
+        workers = [start() for _ in range(arguments.jobs)]
+        left = arguments.apps if arguments.apps is not None else 1 << 62
+        with Progress("random apps") as progress:
+            while True:
+                for worker in workers:
+                    if worker.seed < 0 and left and (time.monotonic() < end or arguments.apps is not None):
+                        worker.seed, worker.since = seed, time.monotonic()
+                        worker.pipe.send(self.task(seed))
+                        seed, left = seed + 1, left - 1
+                busy = [w for w in workers if w.seed >= 0]
+                if not busy:
+                    break
+                wait([w.pipe for w in busy], timeout=1.0)
+                for i, worker in enumerate(workers):
+                    found = answer(worker) if worker.seed >= 0 else None
+                    if found is None:
+                        continue
+                    self.count(worker.seed, found)
+                    if found[2] and found[2][0].startswith(("crashed", "hangs")):
+                        workers[i] = start()
+                    worker.seed = -1
+                if progress.live:
+                    progress(int(1000 * min(1.0, (time.monotonic() - started) / total)), 1000)
+        for worker in workers:
+            worker.pipe.close()
+        print(
+            f"{self.passed + self.failed:,} apps, {self.values:,} values compared with exact fractions, "
+            f"{self.sql_values:,} of the fractions with SQL"
+        )
+        print(f"{self.passed} passed, {self.failed} failed")
+        return 1 if self.failed or not self.passed else 0
+
+    def count(self, seed: int, found: tuple[int, int, list[str]]) -> None:
+        values, sql_values, differences = found
+        self.values += values
+        self.sql_values += sql_values
+        if not differences:
+            self.passed += 1
+            return
+        self.failed += 1
+        more = "".join(f" --without {name}" for name in self.arguments.without)
+        more += "".join(f" --leave-out {name}" for name in self.arguments.leave_out)
+        print(f"\nFAILED seed {seed}: {len(differences)} differences", flush=True)
+        for difference in differences[:5]:
+            print(f"  {difference}")
+        print(
+            f"  again: make stress ARGS='--seed {seed} --apps 1 --events {self.arguments.events} "
+            f"--reads {self.arguments.reads} --cells {self.arguments.cells}{more}'",
+            flush=True,
+        )
+        if self.failed <= self.arguments.shrink:
+            self.shrunk(seed, differences[0])
+
+    def shrunk(self, seed: int, difference: str) -> None:
+        kind, worker, last = kind_of(difference), start(), [difference]
+
+        def differs(case: Case) -> bool:
+            nonlocal worker
+            worker.since = time.monotonic()
+            worker.pipe.send(self.task(case))
+            while (found := answer(worker)) is None:
+                wait([worker.pipe], timeout=1.0)
+            if found[2] and found[2][0].startswith(("crashed", "hangs")):
+                worker = start()
+            same = [d for d in found[2] if kind_of(d) == kind]
+            last[:] = same or last
+            return bool(same)
+
+        case = shrink(draw(seed, self.rules, self.arguments.events), differs, self.arguments.shrink_seconds)
+        worker.pipe.close()
+        print(f"  smallest found: {len(case.ops)} events\n  {last[0]}")
+        print("".join(f"    {line}\n" for line in shown(case).splitlines()), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, help="of the first app; left out, any")
+    parser.add_argument("--apps", type=int, help="how many; left out, as many as the time allows")
+    parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1))
+    parser.add_argument("--events", type=int, default=2000, help="of one app at most")
+    parser.add_argument("--reads", type=int, default=300, help="scored events of one app whose values are compared")
+    parser.add_argument("--cells", type=int, default=20_000, help="values of one app that are compared, about")
+    parser.add_argument("--shrink", type=int, default=3, help="how many failures are made small")
+    parser.add_argument("--shrink-seconds", type=float, default=60.0)
+    parser.add_argument("--without", action="append", default=[], choices=[f.name for f in fields(Without)])
+    parser.add_argument("--leave-out", action="append", default=[], choices=[f.name for f in fields(Rules)])
+    return Stress(parser.parse_args()).run()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
