@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-BASE = 1_700_000_000_000_000
+BASE = 1_000_000_000_000_000  # 2001: a stream lasts 20 years at most, and the wall clock is behind none of it
 FAR = 4_200_000_000_000_000  # 2103: ahead of every clock, so quarantined whatever max_skew is
 SECOND, HOUR, DAY = 10**6, 3600 * 10**6, 86400 * 10**6
+FIRST = -62_135_596_800_000_000  # year 1
 LONGEST = 200 * 366 * DAY
 NUMERIC = ("sum", "mean", "min", "max", "var_samp", "var_pop", "stddev_samp", "stddev_pop")
 ANY_TYPE = ("count", "first", "last", "distinct_count")
@@ -419,7 +420,8 @@ class Draw:
         tried = rng.choice((0.0, 0.03))
         shares = [rng.random() + 0.05 for _ in app.sources]
         apart = [0 if rng.random() < 0.6 else rng.randint(-30, 30) * s for _ in app.sources]
-        now, found = BASE, []
+        base = BASE if rng.random() < 0.85 else rng.choice((-5 * s, FIRST + 4 * 365 * DAY))
+        now, found = base, []
         for i in range(self.n):
             match shape:
                 case "constant":
@@ -432,7 +434,7 @@ class Draw:
                     now += s if rng.random() < 0.2 else 0
             if rng.random() < 0.004:
                 now += rng.choice((DAY, 50 * s, 2000 * s))
-            now = min(now, BASE + 50 * 365 * DAY)
+            now = min(now, base + 20 * 365 * DAY)
             number = rng.choices(range(len(app.sources)), shares)[0]
             source = app.sources[number]
             if found and rng.random() < repeated:

@@ -1,4 +1,4 @@
-"""One case through every way in (tests only): score, score_batch, replay, the log (backfill, parity, restart), features.
+"""One case through every way in (tests only): score, features, score_batch, replay, a log (restart, backfill, parity).
 
 What must stay true: a value is equal to the bit and in its type (exact.py), its status and the outcome too; what SQL
 gives may differ in the last bits of float sums alone. A difference is told, never counted as something else.
@@ -124,11 +124,10 @@ class Checker:
             if op.kind == "ingest":
                 yield number, op, engine.ingest(self.event(op, number), event=op.source)
             else:
-                yield (
-                    number,
-                    op,
-                    engine.score(self.event(op, number), op.kind != "try", pipeline=f"p_{op.source}", explain=True),
-                )
+                yield number, op, self.scored(engine, number, op)
+
+    def scored(self, engine: Engine, number: int, op: Op) -> Any:
+        return engine.score(self.event(op, number), op.kind != "try", pipeline=f"p_{op.source}", explain=True)
 
     def prepare(self) -> None:
         """What the stream must give: a sample of its events, scored or not, and reads as of random admissible T."""
@@ -136,8 +135,8 @@ class Checker:
         sources = self.app.pipelines
         self.chosen = set(self.sample([n for n, op in enumerate(self.case.ops) if op.source in sources]))
         reads = dict.fromkeys(r for n in self.chosen for r in self.answers(n))
-        self.asked = self.asked_after(self.straight)
-        reads.update(dict.fromkeys(self.asked))
+        self.asked = self.asked_between()
+        reads.update(dict.fromkeys(r for some in self.asked.values() for r in some))
         self.expected = self.expect(self.straight, list(reads))
 
     def answers(self, number: int) -> list[stream.Read]:
@@ -151,10 +150,10 @@ class Checker:
         engine = Engine(self.plan)
         for number, op, got in self.steps(engine):
             self.same_step(f"score, event {number}", self.straight, self.expected, number, op, got)
+            self.same_features("features", engine, number)
         counted = engine.core.counters()["outcomes"]
         if counted != self.straight.outcomes:
             self.tell(f"outcomes: {counted}, right: {self.straight.outcomes}")
-        self.same_features("features", engine)
 
     def same_step(
         self,
@@ -175,41 +174,49 @@ class Checker:
         features, statuses = got.features, got.statuses
         if features is None and verdict.first is not None and self.without.retry:
             return
-        degraded = answered.outcome in ("late", "quarantined")
         for read in answered.reads.values():
             for name, value in expected[read].items():
-                degraded |= value[1] == "INVALID"
                 self.same(where, name, features[name], statuses[name], value)
-        if not self.without.degraded and got.degraded is not degraded:
-            self.tell(f"{where}: degraded {got.degraded!r}, right: {degraded}")
+        if not self.without.degraded and got.degraded is not self.degraded(number):
+            self.tell(f"{where}: degraded {got.degraded!r}, right: {self.degraded(number)}")
 
-    def asked_after(self, streamed: stream.Stream) -> list[stream.Read]:
-        """Reads by features() at the end of the stream."""
-        reads = []
-        for view in self.app.views:
-            newest = streamed.watermarks[view.source]
+    def degraded(self, number: int) -> bool:
+        """Whether a scored event's decision is: it read an INVALID value, or the event was not applied as it should."""
+        verdict = self.straight.verdicts[number]
+        answered = verdict if verdict.first is None else self.straight.verdicts[verdict.first]
+        invalid = (s == "INVALID" for r in answered.reads.values() for _, s in self.expected[r].values())
+        return answered.outcome in ("late", "quarantined") or any(invalid)
+
+    def asked_between(self) -> dict[int, list[stream.Read]]:
+        """Reads by features(): number of an event -> reads after it; a few in the stream, more at its end."""
+        last = len(self.case.ops) - 1
+        share = max(4, self.most // 8)
+        found: dict[int, list[stream.Read]] = {}
+        for number in [*(self.rng.randint(0, last) for _ in range(share)), *[last] * share]:
+            view = self.rng.choice(self.app.views)
+            newest = self.straight.verdicts[number].watermarks[view.source]
             if newest == stream.NEVER:
                 continue
-            keys = dict.fromkeys(
-                stream.key_of(self.app, view, e.row[stream.key_field(view, view.source)])
-                for e in streamed.seen[view.source]
-            )
-            for key in [*list(keys)[:6], (str, "never seen")]:
-                for at in self.times(int(newest), self.app.source(view.source)):
-                    reads.append(stream.Read(view.name, key, at, len(self.case.ops), None, newest))
-        self.rng.shuffle(reads)
-        return reads[: max(20, self.most // 4)]
+            event = self.rng.choice(self.straight.seen[view.source])
+            key = stream.key_of(self.app, view, event.row[stream.key_field(view, view.source)])
+            key = (str, "never seen") if self.rng.random() < 0.05 else key
+            at = self.time(int(newest), self.app.source(view.source))
+            found.setdefault(number, []).append(stream.Read(view.name, key, at, number + 1, None, newest))
+        return found
 
-    def same_features(self, where: str, engine: Engine) -> None:
-        for read in self.asked:
+    def same_features(self, where: str, engine: Engine, number: int) -> None:
+        for read in self.asked.get(number, ()):
             found = engine.features(read.view, [read.key[1]], as_of=read.at)
             for name, value in self.expected[read].items():
-                self.same(f"{where}, {read}", name, found.rows[0][name], found.statuses[0][name], value)
+                self.same(
+                    f"{where} after event {number}, {read}", name, found.rows[0][name], found.statuses[0][name], value
+                )
 
-    def times(self, newest: int, source: Source) -> list[int]:
+    def time(self, newest: int, source: Source) -> int:
+        """A T that state must still reach."""
         oldest = newest - source.lateness
-        ahead = [0, 1, 10**6, 86400 * 10**6]
-        return [newest, oldest, self.rng.randint(oldest, newest), newest + self.rng.choice(ahead)]
+        ahead = self.rng.choice((0, 1, 10**6, 86400 * 10**6, 400 * 86400 * 10**6))
+        return self.rng.choice((newest, oldest, self.rng.randint(oldest, newest), newest + ahead))
 
     def batch(self) -> None:
         """Runs of scored events as tables; a repeated event's features are read anew there."""
@@ -219,27 +226,40 @@ class Checker:
         while number < len(operations):
             op = operations[number]
             end = number + 1
-            if op.kind == "ingest":
-                engine.ingest(self.event(op, number + 1), event=op.source)
-                number = end
-                continue
             while end < len(operations) and (operations[end].kind, operations[end].source) == (op.kind, op.source):
+                if op.kind == "ingest" and operations[end].row["at"] < operations[end - 1].row["at"]:
+                    break  # ingest() puts the rows of a table in the order of time
                 end += 1
             rows = [o.row for o in operations[number:end]]
             table = as_table(rows, self.app.source(op.source))
+            if op.kind == "ingest":
+                self.same_outcomes(engine.ingest(table, event=op.source), number, end)
+                number = end
+                continue
             result = engine.score_batch(table, op.kind != "try", pipeline=f"p_{op.source}", explain=True)
             outcomes = result.column("outcome").to_pylist()
             columns = {name: result.column(name).to_pylist() for name in self.types}
+            degraded = [None] * len(rows)
+            if not self.without.degraded:
+                degraded = result.column("degraded").to_pylist()
             for i in range(number, end):
                 verdict = self.straight.verdicts[i]
                 if outcomes[i - number] != verdict.outcome:
                     self.tell(f"score_batch, event {i}: outcome {outcomes[i - number]}, right: {verdict.outcome}")
                 if i in self.chosen:
+                    if degraded[i - number] is not None and degraded[i - number] is not self.degraded(i):
+                        self.tell(f"score_batch, event {i}: degraded {degraded[i - number]}, right: {self.degraded(i)}")
                     for read in verdict.reads.values():
                         for name, value in self.expected[read].items():
                             value = as_column(value, result.schema.field(name).type)
                             self.same(f"score_batch, event {i}", name, columns[name][i - number], None, value)
             number = end
+
+    def same_outcomes(self, counts: dict[str, int], start: int, end: int) -> None:
+        found = [v.outcome for v in self.straight.verdicts[start:end]]
+        right = {word: found.count(word) for word in found}
+        if {word: n for word, n in counts.items() if n} != right:
+            self.tell(f"ingest of a table, events {start} to {end}: {counts}, right: {right}")
 
     def replay(self) -> None:
         """Every event as history: merged by time, equal times in the order of the tables, then of the rows."""
@@ -302,7 +322,6 @@ class Checker:
             else:
                 score = engine.score(self.event(op, number), op.kind != "try", pipeline=f"p_{op.source}", explain=True)
                 yield number, op, score
-        self.same_features("features after a restart", engine)
         engine.close()
 
     def same_backfill(self, folder: str, source: str) -> None:

@@ -194,7 +194,7 @@ def rounded(x: Fraction) -> float:
     try:
         return x.numerator / x.denominator  # int / int is rounded once
     except OverflowError:
-        return math.copysign(math.inf, x)
+        return math.inf if x > 0 else -math.inf
 
 
 def finite(x: float) -> Value:

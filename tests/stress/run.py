@@ -95,8 +95,8 @@ def kind_of(difference: str) -> str:
 class Stress:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.without = Without(**{name: True for name in arguments.without})
-        self.rules = Rules(**{name: False for name in arguments.leave_out})
+        self.without = Without(**dict.fromkeys(arguments.without, True))
+        self.rules = Rules(**dict.fromkeys(arguments.leave_out, False))
         self.passed = self.failed = self.values = self.sql_values = 0
 
     def task(self, case: int | Case) -> tuple[Any, ...]:

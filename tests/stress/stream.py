@@ -47,6 +47,7 @@ class Verdict:
     outcome: str
     reads: dict[str, Read] = field(default_factory=dict)
     first: int | None = None
+    watermarks: dict[str, float] = field(default_factory=dict)  # after it
 
 
 @dataclass
@@ -111,7 +112,7 @@ def run(case: Case, ops: list[Op] | None = None, event_clock: bool = False) -> S
             seen[op.source].append(Seen(number, at, op.row, outcome == "applied"))
         if outcome == "applied":
             watermark[op.source] = max(watermark[op.source], at)
-        verdict = Verdict(outcome, first=first)
+        verdict = Verdict(outcome, first=first, watermarks=dict(watermark))
         if op.source in app.pipelines:
             for view in app.views:
                 own = view.include and view.source == op.source
