@@ -106,7 +106,7 @@ class Stress:
         arguments = self.arguments
         seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**9)
         end = time.monotonic() + arguments.minutes * 60
-        started, total = time.monotonic(), arguments.minutes * 60
+        started, total, told = time.monotonic(), arguments.minutes * 60, 0.0
         print(f"seeds from {seed}", flush=True)
         workers = [start() for _ in range(arguments.jobs)]
         left = arguments.apps if arguments.apps is not None else 1 << 62
@@ -129,8 +129,11 @@ class Stress:
                     if found[2] and found[2][0].startswith(("crashed", "hangs")):
                         workers[i] = start()
                     worker.seed = -1
-                if progress.live:
-                    progress(int(1000 * min(1.0, (time.monotonic() - started) / total)), 1000)
+                spent = time.monotonic() - started
+                progress(int(1000 * min(1.0, spent / total)), 1000)
+                if not progress.live and spent > told + 60:
+                    told = spent
+                    print(f"   {spent:.0f} s: {self.passed} passed, {self.failed} failed", flush=True)
         for worker in workers:
             worker.pipe.close()
         print(
