@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple
 TYPES: Final[tuple[str, ...]]
 FUNCTIONS: Final[tuple[str, ...]]
 CLOSED: Final[tuple[str, ...]]
+INVALID: Final[int]
 PRESENT: Final[int]
 NULL_VALUE: Final[int]
 NOT_FOUND: Final[int]
@@ -43,6 +44,7 @@ class WindowStore:
     groups: tuple[int, ...]
     output_types: tuple[str, ...]
     lateness: int
+    retention: int | None
     n_where: int
     fingerprint: int
 
@@ -55,6 +57,7 @@ class WindowStore:
         n_where: int = 0,
         fingerprint: int = 0,
         max_bytes: int = 0,
+        retention: int | None = None,
     ) -> None: ...
     @staticmethod
     def error_text(code: int) -> str: ...
@@ -73,6 +76,7 @@ class WindowStore:
     ) -> list[tuple[Any, int]]: ...
     def version(self, key: str | int) -> int: ...
     def log_position(self, key: str | int) -> tuple[int, int]: ...
+    def miss_before(self, time: int) -> None: ...
     def sweep(self, watermark: int, max_entities: int = 64) -> int: ...
     def erase(self, key: str | int) -> bool: ...
     def keys(self) -> list[str | int]: ...
