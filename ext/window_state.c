@@ -1836,6 +1836,7 @@ static int store_read(ps_store *S, ps_handle h, uint32_t group, int64_t T, const
         if (error) return error;
     }
     int unknown = status_of_nothing(S, B, group, T, extra);
+    if (UNLIKELY(unknown == PS_NOT_FOUND && S->retention != PS_NO_RETENTION)) B = AT(S, blob_t, S->map->empty);
     seek(S, B, T);
     int gathered = 0, plain = extra == NULL && B->newest < T + (S->any_left_closed ^ 1);
     if (LIKELY(plain))

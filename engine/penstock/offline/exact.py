@@ -227,11 +227,10 @@ def one(output: ExactOutput, rows: Sequence[tuple[int, Row]], as_of: int, empty:
         divisor = n * (n - 1) if function.endswith("samp") else n * n
         if divisor == 0:
             return ExactValue(None, NULL_VALUE)  # S12
-        numerator = nearest(n * exact_sum([Fraction(v) ** 2 for v in values]) - total * total)
-        if numerator is None:
-            return ExactValue(None, INVALID)
-        variance = numerator / float(divisor)
-        return finite(variance if function.startswith("var") else math.sqrt(variance))
+        variance = quotient(n * exact_sum([Fraction(v) ** 2 for v in values]) - total * total, divisor)
+        if variance is None or function.startswith("var"):
+            return finite(variance)
+        return finite(math.sqrt(variance))
     raise AssertionError(f"the exact engine has no {function}")
 
 
@@ -257,6 +256,16 @@ def nearest(x: Fraction) -> float | None:
         return x.numerator / x.denominator  # of integers: rounded once
     except OverflowError:
         return None
+
+
+def quotient(x: Fraction, divisor: int) -> float | None:
+    """x rounded once to the digits of a double, whatever its exponent, then divided as doubles are (S13)."""
+    if x == 0:
+        return 0.0
+    scale = Fraction(2) ** (x.numerator.bit_length() - x.denominator.bit_length())
+    digits = nearest(x / scale)
+    assert digits is not None
+    return nearest(Fraction(digits / float(divisor)) * scale)
 
 
 def finite(value: float | None) -> ExactValue:
