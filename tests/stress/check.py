@@ -40,6 +40,7 @@ class Without:
     known: bool = False
     variance: bool = False
     degraded: bool = False
+    defaults: bool = False  # a default does not stand for INVALID
     retry: bool = False  # a repeated event's features, from the log after a restart
 
 
@@ -102,7 +103,7 @@ class Checker:
     def same(self, where: str, name: str, got: Any, got_status: str | None, expected: exact.Value) -> None:
         value, status = expected
         self.found.values += 1
-        if status == "INVALID" and self.without.invalid:
+        if status == "INVALID" and (self.without.invalid or (self.without.defaults and got is not None)):
             return
         if got_status is not None and got_status != status:
             if not (self.without.known and {got_status, status} == {"NULL_VALUE", "NOT_FOUND"}):

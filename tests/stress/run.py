@@ -25,17 +25,35 @@ if __name__ == "__main__":
     sys.path.remove(str(Path(__file__).resolve().parent))
 
 from penstock.terminal import Progress
-from stress.apps import Case, Rules, draw, shown
-from stress.check import Checker, Without
+from stress.apps import Case, Rules, draw, shown, source_of
+from stress.check import WAYS, Checker, Without
 from stress.shrink import shrink
 
 PATIENCE = 600  # seconds for one case: then it hangs
 
 
-def check_case(case: Case, without: Without, most_reads: int, most_cells: int) -> tuple[int, int, list[str]]:
+# What a difference is told as -> the ways in that must be gone again to see it.
+WAYS_OF = {
+    "score": ("score",),
+    "features": ("score",),
+    "outcomes": ("score",),
+    "the oracles differ": (),
+    "score_batch": ("batch",),
+    "replay": ("replay",),
+    "with a log": ("log",),
+    "features with a log": ("log",),
+    "backfill": ("log",),
+    "parity": ("log",),
+}
+MOST_SHOWN = 60  # events of a reproduction that is printed whole
+
+
+def check_case(
+    case: Case, ways: tuple[str, ...], without: Without, most_reads: int, most_cells: int
+) -> tuple[int, int, list[str]]:
     """(values compared, values compared with SQL, differences)."""
     try:
-        found = Checker(case, without, most_reads, most_cells).run()
+        found = Checker(case, without, most_reads, most_cells).run(ways)
     except Exception:
         return 0, 0, [traceback.format_exc()]
     return found.values, found.sql_values, found.differences
@@ -99,8 +117,8 @@ class Stress:
         self.rules = Rules(**dict.fromkeys(arguments.leave_out, False))
         self.passed = self.failed = self.values = self.sql_values = 0
 
-    def task(self, case: int | Case) -> tuple[Any, ...]:
-        return case, self.rules, self.arguments.events, self.without, self.arguments.reads, self.arguments.cells
+    def task(self, case: int | Case, ways: tuple[str, ...] = WAYS) -> tuple[Any, ...]:
+        return case, self.rules, self.arguments.events, ways, self.without, self.arguments.reads, self.arguments.cells
 
     def run(self) -> int:
         arguments = self.arguments
@@ -166,11 +184,12 @@ class Stress:
 
     def shrunk(self, seed: int, difference: str) -> None:
         kind, worker, last = kind_of(difference), start(), [difference]
+        ways = WAYS_OF.get(kind.split(" after ")[0], WAYS)
 
         def differs(case: Case) -> bool:
             nonlocal worker
             worker.since = time.monotonic()
-            worker.pipe.send(self.task(case))
+            worker.pipe.send(self.task(case, ways))
             while (found := answer(worker)) is None:
                 wait([worker.pipe], timeout=1.0)
             if found[2] and found[2][0].startswith(("crashed", "hangs")):
@@ -182,7 +201,8 @@ class Stress:
         case = shrink(draw(seed, self.rules, self.arguments.events), differs, self.arguments.shrink_seconds)
         worker.pipe.close()
         print(f"  smallest found: {len(case.ops)} events\n  {last[0]}")
-        print("".join(f"    {line}\n" for line in shown(case).splitlines()), flush=True)
+        text = shown(case) if len(case.ops) <= MOST_SHOWN else source_of(case.app) + "# not small: see its seed\n"
+        print("".join(f"    {line}\n" for line in text.splitlines()), flush=True)
 
 
 def main() -> int:

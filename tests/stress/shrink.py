@@ -16,27 +16,44 @@ from stress.apps import App, Case, View
 def shrink(case: Case, differs: Callable[[Case], bool], seconds: float = 60.0) -> Case:
     """The smallest case found within some seconds for which `differs` holds, as it does for `case`."""
     end = time.monotonic() + seconds
-    cut = max(1, len(case.ops) // 2)
+    before = None
+    while case != before and time.monotonic() < end:
+        before = case
+        case = fewer_events(case, differs, end, 8 if len(case.app.views) > 1 else 1)
+        case = less_app(case, differs, end)
+        case = fewer_events(case, differs, end, 1)
+    return case
+
+
+def less_app(case: Case, differs: Callable[[Case], bool], end: float) -> Case:
     changed = True
-    while changed and time.monotonic() < end:
+    while changed:
         changed = False
         for smaller in apps(case.app):
             if time.monotonic() > end:
-                break
+                return case
             made = without_unused(replace(case, app=smaller))
             if differs(made):
                 case, changed = made, True
                 break
+    return case
+
+
+def fewer_events(case: Case, differs: Callable[[Case], bool], end: float, parts: int) -> Case:
+    """Runs of events are left out, each half as long as before, down to 1/parts of all, or to single events."""
+    cut = max(1, len(case.ops) // 2)
+    least = len(case.ops) // parts if parts > 1 else 1
+    while cut >= max(1, least):
         start = 0
-        cut = min(cut, max(1, len(case.ops)))
-        while start < len(case.ops) and time.monotonic() < end:
+        while start < len(case.ops):
+            if time.monotonic() > end:
+                return case
             made = replace(case, ops=case.ops[:start] + case.ops[start + cut :])
             if made.ops and differs(made):
-                case, changed = made, True
+                case = made
             else:
                 start += cut
-        if cut > 1:
-            cut, changed = cut // 2, True
+        cut //= 2
     return case
 
 
