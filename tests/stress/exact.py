@@ -170,10 +170,8 @@ def aggregate(a: Aggregate, rows: list[Seen], at: int) -> Value:
     estimator = a.function.split("_")[1]
     if estimator == "samp" and n < 2:
         return None, "NULL_VALUE"
-    numerator = rounded(Fraction(n * sum(x * x for x in numbers) - sx * sx, scale * scale))
-    if not math.isfinite(numerator):
-        return None, "INVALID"
-    variance = numerator / float(n * (n - 1) if estimator == "samp" else n * n)
+    numerator = Fraction(n * sum(x * x for x in numbers) - sx * sx, scale * scale)
+    variance = scaled_quotient(numerator, float(n * (n - 1) if estimator == "samp" else n * n))
     return finite(variance if a.function.startswith("var") else math.sqrt(variance))
 
 
@@ -195,6 +193,18 @@ def rounded(x: Fraction) -> float:
         return x.numerator / x.denominator  # int / int is rounded once
     except OverflowError:
         return math.inf if x > 0 else -math.inf
+
+
+def scaled_quotient(numerator: Fraction, divisor: float) -> float:
+    """The numerator rounded once to the bits of a double (its exponent has no end), then divided; infinite beyond."""
+    if numerator == 0:
+        return 0.0
+    power = numerator.numerator.bit_length() - numerator.denominator.bit_length()
+    bits = rounded(numerator / Fraction(2) ** power)  # between 1/2 and 2
+    try:
+        return math.ldexp(bits / divisor, power)
+    except OverflowError:
+        return math.inf
 
 
 def finite(x: float) -> Value:
