@@ -17,6 +17,8 @@ from typing import Any
 import pyarrow as pa
 
 from penstock import Engine, LogOptions, PenstockError, backfill, parity
+from penstock.offline.compaction import compact
+from penstock.offline.keeper import take_snapshot
 from penstock.plan import Plan, compile_plan
 from stress import exact, sql, stream
 from stress.apps import Case, Op, Source, definitions
@@ -291,12 +293,9 @@ class Checker:
                         self.same(f"replay, row {i}", name, columns[name][i], None, value)
 
     def log(self) -> None:
-        """With a log: the same answers, a restart in the middle, then backfill and parity over it."""
+        """With a log: the same answers over restarts, from a snapshot or without, then backfill and parity over it."""
         with tempfile.TemporaryDirectory(prefix="penstock-stress-") as folder:
-            options = LogOptions(sync="never", keeper=False)
-            engine = Engine(self.plan, log=folder, log_options=options)
-            half = len(self.case.ops) // 2
-            for number, op, got in self.steps_with_restart(engine, folder, options, half):
+            for number, op, got in self.steps_with_restarts(folder):
                 self.same_step(f"with a log, event {number}", self.straight, self.expected, number, op, got)
             for name in self.app.pipelines:
                 self.same_backfill(folder, name)
@@ -313,17 +312,26 @@ class Checker:
             if not report.ok:
                 self.tell(f"parity: {report}")
 
-    def steps_with_restart(self, engine: Engine, folder: str, options: Any, half: int) -> Iterator[tuple[int, Op, Any]]:
-        for number, op in enumerate(self.case.ops):
-            if number == half:
-                engine.close()
-                engine = Engine(self.plan, log=folder, log_options=options)
-            if op.kind == "ingest":
-                yield number, op, engine.ingest(self.event(op, number), event=op.source)
-            else:
-                score = engine.score(self.event(op, number), op.kind != "try", pipeline=f"p_{op.source}", explain=True)
-                yield number, op, score
-        engine.close()
+    def steps_with_restarts(self, folder: str) -> Iterator[tuple[int, Op, Any]]:
+        options = LogOptions(sync="never", keeper=False)
+        restarts = {self.rng.randrange(len(self.case.ops)) for _ in range(self.rng.randint(1, 3))}
+        engine = Engine(self.plan, log=folder, log_options=options)
+        try:
+            for number, op in enumerate(self.case.ops):
+                if number in restarts:
+                    engine.close()
+                    if self.rng.random() < 0.6:
+                        take_snapshot(folder)
+                    if self.rng.random() < 0.3:
+                        compact(folder)
+                    engine = Engine(self.plan, log=folder, log_options=options)
+                if op.kind == "ingest":
+                    yield number, op, engine.ingest(self.event(op, number), event=op.source)
+                else:
+                    yield number, op, self.scored(engine, number, op)
+                self.same_features("features with a log", engine, number)
+        finally:
+            engine.close()
 
     def same_backfill(self, folder: str, source: str) -> None:
         # A repeated event that was not scored before is in the log once more, before its score.
