@@ -299,7 +299,7 @@ class Draw:
         entity = rng.choice(("card", "card", "shop"))
         retention = None
         longest = max((w for a in aggregates for w in a.windows if w is not None), default=1)
-        if self.rules.retention and rng.random() < 0.3:
+        if self.rules.retention and any(None in a.windows for a in aggregates) and rng.random() < 0.4:
             retention = min(LONGEST, max(1, longest) * rng.choice((1, 1, 2, 5)))
         key = "card2" if entity == "card" and rng.random() < 0.2 else None
         return View(name, source.name, entity, key, tuple(aggregates), rng.random() < 0.4, retention)
