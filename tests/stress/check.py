@@ -175,7 +175,9 @@ class Checker:
             return
         answered = verdict if verdict.first is None else streamed.verdicts[verdict.first]
         features, statuses = got.features, got.statuses
-        if features is None and verdict.first is not None and self.without.retry:
+        if features is None:
+            if verdict.first is None or not self.without.retry:
+                self.tell(f"{where}: no features; a repeated event has those of its first decision")
             return
         for read in answered.reads.values():
             for name, value in expected[read].items():

@@ -85,15 +85,12 @@ class ExactViews:
         newest = -math.inf
         lateness = self.app.source(view.source).lateness
         for event in self.events.get((view.name, read.key), ()):
-            if event.number >= read.before or not event.applied:
+            if (event.number >= read.before or not event.applied) and event.number != read.own:
                 continue
             if view.retention is not None and event.at > newest + view.retention + lateness:
                 found = []  # the entity starts anew
             newest = max(newest, event.at)
             found.append(event)
-        for event in self.events.get((view.name, read.key), ()):
-            if event.number == read.own:
-                found.append(event)
         return sorted((e for e in found if e.at <= read.at), key=lambda e: (e.at, e.number))
 
     def read(self, view: View, read: Read) -> dict[str, Value]:

@@ -126,7 +126,9 @@ class SqlViews:
         retention = getattr(plan, "retention", view.retention)
         longest = [o.window for o in plan.outputs]
         reach = retention if None in longest else max(longest)
-        restart = "FALSE" if retention is None else f"at_ > newest + CAST({retention} AS HUGEINT) + {store.lateness}"
+        apart = None if retention is None else f"CAST({retention} AS HUGEINT) + {store.lateness}"
+        restart = "FALSE" if apart is None else f"at_ > newest + {apart}"
+        own_restart = "FALSE" if apart is None else f"r.own >= 0 AND r.t > n.newest + {apart}"
         reached = "TRUE" if reach is None else f"e.at_ >= CAST(r.t AS HUGEINT) - {reach}"
         event = self.plan.events[plan.event]
         wheres = self.conditions(view, store)
@@ -153,12 +155,13 @@ WITH runs AS (
   SELECT *, sum(anew) OVER (PARTITION BY key_ ORDER BY number) AS life,
     row_number() OVER (ORDER BY at_, number) AS place FROM runs
 ), now AS (
-  SELECT r.*, (SELECT max(l.life) FROM lives l WHERE l.key_ = r.key_ AND l.applied_ AND l.number < r.before) AS life
-  FROM reads_ r
+  SELECT r.*, n.life, coalesce({own_restart}, FALSE) AS own_anew FROM reads_ r LEFT JOIN (
+    SELECT r.read, max(l.life) AS life, max(l.at_) AS newest FROM reads_ r
+    JOIN lives l ON l.key_ = r.key_ AND l.applied_ AND l.number < r.before GROUP BY r.read) n ON n.read = r.read
 ), e AS (
   SELECT r.read, e.at_, e.place, CAST(r.t AS HUGEINT) - e.at_ AS age, {reached} AS reached, {fields}
   FROM now r JOIN lives e ON e.key_ = r.key_ AND e.at_ <= r.t
-    AND ((e.applied_ AND e.number < r.before AND e.life = r.life) OR e.number = r.own)
+    AND ((e.applied_ AND e.number < r.before AND e.life = r.life AND NOT r.own_anew) OR e.number = r.own)
 ), known AS (
   SELECT * FROM e WHERE e.read IN (SELECT read FROM e WHERE reached)
 ), groups AS (
