@@ -460,7 +460,7 @@ class Draw:
     def again(self, op: Op, app: App) -> Op:
         """The same event once more, or another one with its id."""
         row = dict(op.row)
-        if self.rng.random() < 0.3:
+        if row["at"] < FAR and self.rng.random() < 0.3:
             row["at"] += self.rng.randint(-2, 2) * self.step
         kind = self.rng.choice(("score", "ingest")) if op.source in app.pipelines else "ingest"
         return Op(kind, op.source, row)
