@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from penstock import Engine, LogOptions, PenstockError, backfill, parity
+from penstock import Engine, LogOptions, PenstockError, backfill, parity, training_set
 from penstock.offline.compaction import compact
 from penstock.offline.keeper import take_snapshot
 from penstock.plan import Plan, compile_plan
@@ -301,6 +301,7 @@ class Checker:
                 self.same_step(f"with a log, event {number}", self.straight, self.expected, number, op, got)
             for name in self.app.pipelines:
                 self.same_backfill(folder, name)
+                self.same_training(folder, name)
             report = parity(self.definitions, folder)
             scores = {p.name: p.scores for p in report.pipelines}
             for p in report.pipelines:
@@ -358,6 +359,49 @@ class Checker:
                 for name, value in self.expected[read].items():
                     value = as_column(value, result.schema.field(name).type)
                     self.same(f"backfill, event {number}", name, columns[name][i], None, value)
+
+    def same_training(self, folder: str, source: str) -> None:
+        """A training set over some of the log's own events gives what scoring them gave, INVALID too (S5)."""
+        event = self.app.source(source)
+        twice = {o.row.get(event.event_id) for o, v in self.logged(source) if v.outcome == "duplicate"}
+        numbers = [
+            n
+            for n in sorted(self.chosen)
+            if self.case.ops[n].source == source
+            and self.case.ops[n].kind != "try"
+            and self.straight.verdicts[n].outcome != "duplicate"
+            and (event.event_id is None or self.case.ops[n].row[event.event_id] not in twice)
+        ]
+        if event.event_id is None:
+            # Of equal events the rows take one after the other, so all of them must be there.
+            seen = {n: self.case.ops[n].row for n in range(len(self.case.ops)) if self.case.ops[n].kind != "try"}
+            numbers = [n for n in numbers if not any(seen[m] == seen[n] for m in seen if m != n)]
+        if not numbers:
+            return
+        spine = as_table([self.case.ops[n].row for n in numbers], event)
+        times = spine.schema.get_field_index("at")
+        spine = spine.set_column(times, "at", spine.column("at").cast(pa.timestamp("us", "UTC")))
+        result = training_set(
+            self.definitions, folder, spine, pipeline=f"p_{source}", time="at", statuses=True, workers=1, summary=str
+        )
+        for name in self.types:
+            values = result.column(name).to_pylist()
+            statuses = result.column(f"{name}__status").to_pylist()
+            kind = result.schema.field(name).type
+            view = name.split(".")[0]
+            for i, number in enumerate(numbers):
+                value = as_column(self.expected[self.straight.verdicts[number].reads[view]][name], kind)
+                self.same(f"training set, event {number}", name, values[i], statuses[i], value)
+
+    def logged(self, source: str) -> list[tuple[Op, stream.Verdict]]:
+        """Operations that the log has an event of: a repeated one too, where it was not scored before."""
+        return [
+            (o, v)
+            for o, v in zip(self.case.ops, self.straight.verdicts)
+            if o.source == source
+            and o.kind != "try"
+            and (v.outcome != "duplicate" or (o.kind == "score" and v.first is None))
+        ]
 
 
 def bits(value: Any, kind: str) -> Any:

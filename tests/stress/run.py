@@ -43,6 +43,7 @@ WAYS_OF = {
     "with a log": ("log",),
     "features with a log": ("log",),
     "backfill": ("log",),
+    "training set": ("log",),
     "parity": ("log",),
 }
 MOST_SHOWN = 60  # events of a reproduction that is printed whole
