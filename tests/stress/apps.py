@@ -89,16 +89,6 @@ class Case:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What is drawn, so that faults that are known do not hide others."""
-
-    retention: bool = True
-    zero_length: bool = True
-    late: bool = True
-    huge: bool = True
-
-
 # conditions of where=: (head, ...) trees with three readings: Penstock's text, Python's value, SQL's text
 
 
@@ -203,10 +193,9 @@ def output_type(source: Source, aggregate: Aggregate) -> str:
 class Draw:
     """Everything that one seed decides."""
 
-    def __init__(self, seed: int, rules: Rules, most_events: int) -> None:
+    def __init__(self, seed: int, most_events: int) -> None:
         self.rng = random.Random(seed)
         self.seed = seed
-        self.rules = rules
         self.most = most_events
         self.flavours: dict[tuple[str, str], Any] = {}
 
@@ -288,7 +277,7 @@ class Draw:
                 )
                 if function in ("first", "last") and rng.random() < 0.5:
                     made = replace(made, ttl=rng.choice((0, self.step, 20 * self.step, self.window() or HOUR)))
-                if self.rules.zero_length and rng.random() < 0.03:
+                if rng.random() < 0.03:
                     made = replace(made, windows=(0,), closed="both")
                 if rng.random() < 0.2:
                     made = replace(made, default=self.default(output_type(source, made)))
@@ -299,7 +288,7 @@ class Draw:
         entity = rng.choice(("card", "card", "shop"))
         retention = None
         longest = max((w for a in aggregates for w in a.windows if w is not None), default=1)
-        if self.rules.retention and any(None in a.windows for a in aggregates) and rng.random() < 0.4:
+        if any(None in a.windows for a in aggregates) and rng.random() < 0.4:
             retention = min(LONGEST, max(1, longest) * rng.choice((1, 1, 2, 5)))
         key = "card2" if entity == "card" and rng.random() < 0.2 else None
         return View(name, source.name, entity, key, tuple(aggregates), rng.random() < 0.4, retention)
@@ -357,7 +346,7 @@ class Draw:
                     "whole",
                     "zeros",
                     "tiny",
-                    *(("huge",) if self.rules.huge else ()),
+                    "huge",
                 ),
                 "int64": ("small", "small", "constant", "wide", "edge"),
                 "string": ("few", "many", "long", "odd"),
@@ -413,7 +402,7 @@ class Draw:
         shape = rng.choice(("constant", "constant", "random", "bursts", "ties"))
         keys = rng.choice((1, 1, 2, 3, 20))
         hot = rng.choice((0.5, 0.9, 1.0))
-        late = rng.choice((0.0, 0.0, 0.02, 0.2)) if self.rules.late else 0.0
+        late = rng.choice((0.0, 0.0, 0.02, 0.2))
         quarantined = rng.choice((0.0, 0.0, 0.02))
         repeated = rng.choice((0.0, 0.05))
         ingested = rng.choice((0.0, 0.1, 0.5))
@@ -487,8 +476,8 @@ def _named_apart(aggregates: list[Aggregate]) -> list[Aggregate]:
     return kept
 
 
-def draw(seed: int, rules: Rules = Rules(), most_events: int = 2000) -> Case:
-    return Draw(seed, rules, most_events).case()
+def draw(seed: int, most_events: int = 2000) -> Case:
+    return Draw(seed, most_events).case()
 
 
 def shown(case: Case) -> str:

@@ -15,7 +15,7 @@ import random
 import sys
 import time
 import traceback
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ if __name__ == "__main__":
     sys.path.remove(str(Path(__file__).resolve().parent))
 
 from penstock.terminal import Progress
-from stress.apps import Case, Rules, draw, shown, source_of
-from stress.check import WAYS, Checker, Without
+from stress.apps import Case, draw, shown, source_of
+from stress.check import WAYS, Checker
 from stress.shrink import shrink
 
 PATIENCE = 600  # seconds for one case: then it hangs
@@ -49,12 +49,10 @@ WAYS_OF = {
 MOST_SHOWN = 60  # events of a reproduction that is printed whole
 
 
-def check_case(
-    case: Case, ways: tuple[str, ...], without: Without, most_reads: int, most_cells: int
-) -> tuple[int, int, list[str]]:
+def check_case(case: Case, ways: tuple[str, ...], most_reads: int, most_cells: int) -> tuple[int, int, list[str]]:
     """(values compared, values compared with SQL, differences)."""
     try:
-        found = Checker(case, without, most_reads, most_cells).run(ways)
+        found = Checker(case, most_reads, most_cells).run(ways)
     except Exception:
         return 0, 0, [traceback.format_exc()]
     return found.values, found.sql_values, found.differences
@@ -66,9 +64,9 @@ def child(pipe: Connection) -> None:
             what = pipe.recv()
         except EOFError:
             return
-        case, rules, most_events, *rest = what
+        case, most_events, *rest = what
         if isinstance(case, int):
-            case = draw(case, rules, most_events)
+            case = draw(case, most_events)
         pipe.send(check_case(case, *rest))
 
 
@@ -114,12 +112,10 @@ def kind_of(difference: str) -> str:
 class Stress:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.without = Without(**dict.fromkeys(arguments.without, True))
-        self.rules = Rules(**dict.fromkeys(arguments.leave_out, False))
         self.passed = self.failed = self.values = self.sql_values = 0
 
     def task(self, case: int | Case, ways: tuple[str, ...] = WAYS) -> tuple[Any, ...]:
-        return case, self.rules, self.arguments.events, ways, self.without, self.arguments.reads, self.arguments.cells
+        return case, self.arguments.events, ways, self.arguments.reads, self.arguments.cells
 
     def run(self) -> int:
         arguments = self.arguments
@@ -170,14 +166,12 @@ class Stress:
             self.passed += 1
             return
         self.failed += 1
-        more = "".join(f" --without {name}" for name in self.arguments.without)
-        more += "".join(f" --leave-out {name}" for name in self.arguments.leave_out)
         print(f"\nFAILED seed {seed}: {len(differences)} differences", flush=True)
         for difference in differences[:5]:
             print(f"  {difference}")
         print(
             f"  again: make stress ARGS='--seed {seed} --apps 1 --events {self.arguments.events} "
-            f"--reads {self.arguments.reads} --cells {self.arguments.cells}{more}'",
+            f"--reads {self.arguments.reads} --cells {self.arguments.cells}'",
             flush=True,
         )
         if self.failed <= self.arguments.shrink:
@@ -199,7 +193,7 @@ class Stress:
             last[:] = same or last
             return bool(same)
 
-        case = shrink(draw(seed, self.rules, self.arguments.events), differs, self.arguments.shrink_seconds)
+        case = shrink(draw(seed, self.arguments.events), differs, self.arguments.shrink_seconds)
         worker.pipe.close()
         print(f"  smallest found: {len(case.ops)} events\n  {last[0]}")
         text = shown(case) if len(case.ops) <= MOST_SHOWN else source_of(case.app) + "# not small: see its seed\n"
@@ -217,8 +211,6 @@ def main() -> int:
     parser.add_argument("--cells", type=int, default=20_000, help="values of one app that are compared, about")
     parser.add_argument("--shrink", type=int, default=3, help="how many failures are made small")
     parser.add_argument("--shrink-seconds", type=float, default=60.0)
-    parser.add_argument("--without", action="append", default=[], choices=[f.name for f in fields(Without)])
-    parser.add_argument("--leave-out", action="append", default=[], choices=[f.name for f in fields(Rules)])
     return Stress(parser.parse_args()).run()
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from stress import check, exact, run, sql, stream
-from stress.apps import BASE, Aggregate, App, Case, Field, Op, Rules, Source, View, definitions, draw, shown
+from stress.apps import BASE, Aggregate, App, Case, Field, Op, Source, View, definitions, draw, shown
 from stress.shrink import shrink
 
 SECOND = 10**6
@@ -111,7 +111,7 @@ def test_the_oracles_see_each_other(monkeypatch):
 
 
 def test_a_difference_is_made_small():
-    case = draw(11, Rules(), 300)
+    case = draw(11, 300)
     marked = next(o for o in case.ops if o.kind == "score")
 
     def differs(case):
