@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import ipaddress
+import os
 import resource
 import signal
 import socket
