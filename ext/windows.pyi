@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple
 TYPES: Final[tuple[str, ...]]
 FUNCTIONS: Final[tuple[str, ...]]
 CLOSED: Final[tuple[str, ...]]
+SEED_BYTES: Final[int]
 PRESENT: Final[int]
 NULL_VALUE: Final[int]
 NOT_FOUND: Final[int]
@@ -55,7 +56,11 @@ class WindowStore:
         n_where: int = 0,
         fingerprint: int = 0,
         max_bytes: int = 0,
+        seed: bytes | None = None,
     ) -> None: ...
+    @property
+    def seed(self) -> bytes: ...
+    def reseed(self, seed: bytes) -> None: ...
     @staticmethod
     def error_text(code: int) -> str: ...
     def apply(

@@ -9,6 +9,7 @@ file and offset and never read as data, and a kill or a full disk at any point l
     <folder>/<sequence>/<fingerprint>.delta              the pages that differ from the file before it in the manifest
     <folder>/.tmp-*                                      what was being written or removed; the next write clears it
 
+The pages hold the secret seed of the store's hashes: files are readable by their owner alone.
 A store's state is its base with its deltas laid over it in order. A file is a header page; for a delta the numbers of
 its pages; per page the hash by which the next snapshot finds what changed (ext/page_delta.h); the pages; and CRC32C
 per 1 MiB of all that. Magic, format and the header's checksum stay where they are in every format, so that a newer
@@ -489,6 +490,7 @@ def _load(
         for fingerprint, state in wanted.items():
             native.commit_load(stores[fingerprint], state.size)
             committed.append(fingerprint)
+        _share_seed(stores, committed)
     except ValueError as error:
         raise (PenstockError if committed else _Damaged)(f"{folder / name}: {error}") from None
     finally:
@@ -502,6 +504,12 @@ def _load(
         skipped=skipped,
         pages=pages,
     )
+
+
+def _share_seed(stores: Mapping[int, WindowStore], loaded: list[int]) -> None:
+    """All stores of an engine hash alike: those that were not loaded take the seed of those that were."""
+    for store in stores.values() if loaded else ():
+        store.reseed(stores[loaded[0]].seed)
 
 
 def _load_store(folder: Path, fingerprint: int, store: WindowStore, state: StoreState, report: _Report) -> StorePages:
