@@ -36,7 +36,7 @@ from penstock._ext.steps cimport (
     Function, KeyRef, LOG_REFUSED, MAX_ARGUMENTS, MAX_ARMS, MAX_COLUMNS, MAX_STORES, ModelRun, OUT_OF_MEMORY, Pipe, PipeC, Read,
     RowKeys, Rows, Source, SourceC, UNSCORED, Use, checked,
 )
-from penstock._ext.windows cimport WindowStore, ps_key, ps_store, ps_store_api, ps_store_get_api, ps_store_stats
+from penstock._ext.windows cimport WindowStore, ps_key, ps_store, ps_store_api, ps_store_stats
 
 from penstock._ext.decision import OUTCOMES, STATUSES
 from penstock._ext.events import TYPE_CODES
@@ -206,6 +206,7 @@ cdef class Core:
         self.sources = sources
         self.pipes = pipes
         self.stores = stores
+        self.store_api = (<WindowStore>stores[0]).api if stores else NULL
         self.constants = constants
         self.event_clock = event_clock
         self.ids = IdSource()
@@ -430,8 +431,8 @@ cdef class Core:
         cdef char *text
         if keys.sequence < 0:
             return
-        if not self.score_share >> 32 and pipe.n_keys:
-            if ps_store_get_api().partition(&keys.key[0]) >> 32 >= self.score_share:
+        if not self.score_share >> 32 and pipe.n_keys and self.store_api != NULL:
+            if self.store_api.partition(&keys.key[0]) >> 32 >= self.score_share:
                 return
         for i in range(pipe.n_logged):
             slot = pipe.logged[i]

@@ -30,8 +30,8 @@ from typing import Any
 
 import msgspec
 import numpy as np
-
 from offline.shop_log import SHOP, fill
+
 from penstock import Engine
 from penstock._ext import log as native
 from penstock._ext import snapshot as native_snapshot

@@ -53,7 +53,10 @@ def build() -> None:
 def environment() -> dict[str, str]:
     """CPython leaks at its end by design; its pools would hide what lies behind an object, so it gets plain malloc."""
     library = subprocess.run(
-        [os.environ.get("CC", "gcc").split()[-1], "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+        [os.environ.get("CC", "gcc").split()[-1], "-print-file-name=libasan.so"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     options = {
         "detect_leaks": "0",
