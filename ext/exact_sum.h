@@ -243,23 +243,6 @@ static inline double ps_big_round(const ps_big *b, int scale, uint64_t *kept, in
     return m == 0 ? 0.0 : ps_pack_double(m, q, b->negative);
 }
 
-/* The exact sum as hi + lo, each rounded to nearest, after scaling by 2^-scale. Leaves b as the remainder. */
-static inline void ps_big_double_double(ps_big *b, int scale, double *hi, double *lo) {
-    uint64_t m;
-    int drop, negative = b->negative;
-    *hi = ps_big_round(b, scale, &m, &drop);
-    *lo = 0.0;
-    if (b->top < 0 || drop <= 0) return; /* exact */
-    if (m) {
-        if (b->limbs < PS_MAX_LIMBS) b->limb[b->limbs++] = 0; /* m may round up past the top limb */
-        ps_term t = {m, drop, 0};
-        ps_limbs_add(b->limb, b->limbs, 0, t, 1);
-    }
-    ps_big_normalize(b);
-    b->negative ^= negative;
-    *lo = ps_big_round(b, scale, &m, &drop);
-}
-
 /* A two-limb sum rounded to a double (the common case of the above). */
 static inline double ps_i128_round(ps_i128 v, int base) {
     uint64_t sign = (uint64_t)(v >> 127);
@@ -282,66 +265,77 @@ static inline double ps_i128_round(ps_i128 v, int base) {
     return ps_pack_double(m, q, (int)(sign & 1));
 }
 
-/* Variance of n >= 1 values from their exact sum and exact sum of squares (S13), divided by `divisor` (n or n - 1).
- *
- * The sequence, every operation a rounded double operation, no fused multiply-add:
- *   p = floor(log2(Sxx) / 2); a = Sx * 2^-p and b = Sxx * 2^-2p, each as (nearest double, nearest double of the rest)
- *   product:    (h, l) = two_prod(ah, ah); l = l + 2 * (ah * al); (h, l) = fast_two_sum(h, l)
- *   quotient:   (q, r) = dd_div(h, l, n)
- *   difference: (s, e) = two_sum(bh, -q); (t, f) = two_sum(bl, -r); e = e + t; (s, e) = fast_two_sum(s, e);
- *               e = e + f; (s, e) = fast_two_sum(s, e)
- *   variance:   (v, w) = dd_div(s, e, divisor); v = v + w; v = 0 if not v > 0; result v * 2^(2p)
- *   dd_div(h, l, d): q = h / d; (t, u) = two_prod(q, d); (s, e) = two_sum(h, -t); r = (s + ((e - u) + l)) / d;
- *               fast_two_sum(q, r)
- * two_sum is Knuth's, fast_two_sum and two_prod (splitting by 2^27 + 1) are Dekker's (Numer. Math. 18, 1971).
- */
-static inline void ps_two_sum(double a, double b, double *s, double *e) {
-    double sum = a + b, bb = sum - a;
-    *e = (a - (sum - bb)) + (b - bb);
-    *s = sum;
+/* to = |a| * 2^shift, in so many limbs. */
+static inline void ps_big_place(const ps_big *a, int shift, uint64_t *to, int limbs) {
+    int word = shift >> 6, bit = shift & 63, used = a->top < 0 ? 0 : (a->top >> 6) + 1;
+    memset(to, 0, 8u * (unsigned)limbs);
+    for (int i = 0; i < used && i + word < limbs; i++) {
+        to[i + word] |= a->limb[i] << bit;
+        if (bit && i + word + 1 < limbs) to[i + word + 1] |= a->limb[i] >> (64 - bit);
+    }
 }
 
-static inline void ps_fast_two_sum(double a, double b, double *s, double *e) {
-    double sum = a + b;
-    *e = b - (sum - a);
-    *s = sum;
-}
-
-static inline void ps_two_prod(double a, double b, double *p, double *e) {
-    double ca = 134217729.0 * a, ah = ca - (ca - a), al = a - ah;
-    double cb = 134217729.0 * b, bh = cb - (cb - b), bl = b - bh;
-    double prod = a * b;
-    *e = ((ah * bh - prod) + ah * bl + al * bh) + al * bl;
-    *p = prod;
-}
-
-static inline void ps_dd_div(double h, double l, double d, double *q, double *r) {
-    double quotient = h / d, t, u, s, e;
-    ps_two_prod(quotient, d, &t, &u);
-    ps_two_sum(h, -t, &s, &e);
-    ps_fast_two_sum(quotient, (s + ((e - u) + l)) / d, q, r);
-}
-
-static inline double ps_variance(ps_big *sx, ps_big *sxx, double n, double divisor) {
+/* Variance of n >= 1 values from their exact sum and exact sum of squares (S13): the numerator n Sxx - Sx Sx exactly,
+ * rounded once to 53 bits, then divided by n * (n - ddof) as a double. Never below 0, and 0 for a constant. */
+static inline double ps_variance(const ps_big *sx, const ps_big *sxx, uint64_t n, uint64_t ddof) {
+    enum { LIMBS = 2 * PS_MAX_LIMBS + 4 };
     if (sxx->top < 0) return 0.0;
-    int p = (sxx->top + sxx->base) >> 1; /* floor, also below zero */
-    double ah, al, bh, bl, h, l, q, r, s, e, t, f, v, w;
-    ps_big_double_double(sx, p, &ah, &al);
-    ps_big_double_double(sxx, 2 * p, &bh, &bl);
-    ps_two_prod(ah, ah, &h, &l);
-    l = l + 2.0 * (ah * al);
-    ps_fast_two_sum(h, l, &h, &l);
-    ps_dd_div(h, l, n, &q, &r);
-    ps_two_sum(bh, -q, &s, &e);
-    ps_two_sum(bl, -r, &t, &f);
-    e = e + t;
-    ps_fast_two_sum(s, e, &s, &e);
-    e = e + f;
-    ps_fast_two_sum(s, e, &s, &e);
-    ps_dd_div(s, e, divisor, &v, &w);
-    v = v + w;
-    if (!(v > 0.0)) return 0.0;
-    return ldexp(v, 2 * p);
+    ps_big numerator;
+    uint64_t square[LIMBS], placed[LIMBS];
+    int used = sx->top < 0 ? 0 : (sx->top >> 6) + 1;
+    int base = sxx->base < 2 * sx->base ? sxx->base : 2 * sx->base;
+    int high = sxx->top + sxx->base + 64, high_square = 2 * (sx->top + 1 + sx->base);
+    int limbs = ((high > high_square ? high : high_square) - base + 64) / 64 + 1;
+    memset(square, 0, sizeof square);
+    for (int i = 0; i < used; i++) { /* Sx Sx */
+        uint64_t carry = 0;
+        for (int j = 0; j < used; j++) {
+            ps_u128 t = (ps_u128)sx->limb[i] * sx->limb[j] + square[i + j] + carry;
+            square[i + j] = (uint64_t)t;
+            carry = (uint64_t)(t >> 64);
+        }
+        square[i + used] = carry;
+    }
+    ps_big_place(sxx, sxx->base - base, placed, limbs);
+    uint64_t carry = 0;
+    for (int i = 0; i < limbs; i++) { /* n Sxx */
+        ps_u128 t = (ps_u128)placed[i] * n + carry;
+        placed[i] = (uint64_t)t;
+        carry = (uint64_t)(t >> 64);
+    }
+    int word = (2 * sx->base - base) >> 6, bit = (2 * sx->base - base) & 63;
+    unsigned char borrow = 0;
+    for (int i = 0; i < limbs; i++) {
+        int j = i - word;
+        uint64_t lo = j - 1 >= 0 && j - 1 < 2 * used ? square[j - 1] : 0, at = j >= 0 && j < 2 * used ? square[j] : 0;
+        uint64_t part = bit ? at << bit | lo >> (64 - bit) : at, r;
+        unsigned char b = __builtin_sub_overflow(placed[i], part, &r);
+        b |= __builtin_sub_overflow(r, (uint64_t)borrow, &r);
+        placed[i] = r;
+        borrow = b;
+    }
+    int top = limbs - 1;
+    while (top >= 0 && !placed[top]) top--;
+    if (top < 0) return 0.0;
+    int first = 0; /* zeros below are not kept: the rest fits what a sum of squares takes, or is rounded from its top */
+    while (!placed[first]) first++;
+    int sticky = 0;
+    if (top - first + 1 > PS_MAX_LIMBS) {
+        sticky = 1;
+        first = top - PS_MAX_LIMBS + 1;
+    }
+    numerator.base = 0;
+    numerator.limbs = top - first + 1;
+    numerator.negative = 0;
+    memcpy(numerator.limb, placed + first, 8u * (unsigned)numerator.limbs);
+    numerator.limb[0] |= (uint64_t)sticky;
+    numerator.top = 64 * (numerator.limbs - 1) + 63 - __builtin_clzll(numerator.limb[numerator.limbs - 1]);
+    /* rounded as if a double had no end of its exponents, so that only the variance itself can be out of range */
+    uint64_t kept;
+    int dropped, scale = numerator.top;
+    double rounded = ps_big_round(&numerator, scale, &kept, &dropped);
+    ps_u128 divisor = (ps_u128)n * (n - ddof);
+    return ldexp(rounded / (double)divisor, scale + base + 64 * first);
 }
 
 #endif

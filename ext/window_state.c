@@ -18,10 +18,11 @@
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
 #define OFF_PATH __attribute__((noinline)) /* rare: kept out of the callers' registers */
 
-enum { UNIT = 16, FORMAT = 1, N_CLASSES = 136, FIRST_BUCKETS = 256, MAX_SEGMENTS = 24, CHUNK_BYTES = 4096 };
+enum { UNIT = 16, FORMAT = 2, N_CLASSES = 136, FIRST_BUCKETS = 256, MAX_SEGMENTS = 24, CHUNK_BYTES = 4096 };
 enum { KEY_INLINE = 24, SWEEP_EVENTS = 4096, HUGE_AFTER = 2 << 20 };
 #define MAGIC 0x31535749544e4550ULL /* "PENTIWS1" */
 #define NO_TIME INT64_MIN           /* before every time and every left edge */
+#define FOR_EVER ((int64_t)1 << 62)  /* longer than between any two times */
 #define AT_END INT64_MAX            /* next_time of a tail behind the newest event */
 #define STRING_ELSEWHERE 0xffffffffu /* a string of a request event that no stored event has */
 
@@ -49,8 +50,9 @@ typedef struct {
     ref_t empty; /* the blob that unknown entities are read from */
     ref_t free_list[N_CLASSES];
     table_t entities, strings;
-    uint64_t seed[2]; /* of every hash here; secret: whoever knows it makes keys that collide. 0: before it was kept */
-} map_t;
+    uint64_t missing; /* 0; or events before this time (less PS_TIME_MIN - 1) may be missing, though not dropped here */
+    uint64_t seed[2]; /* of every hash here; secret: whoever knows it makes keys that collide. 0: before there was one */
+} map_t; /* format 1 ended before `missing`, with zeros behind it */
 
 typedef struct {
     node_t node;
@@ -97,7 +99,7 @@ typedef struct {
     uint16_t format;
     uint8_t key_is_int, pad;
     uint64_t fingerprint;
-    uint64_t engine_field;
+    uint64_t gone; /* newest event time that has left the ring, less PS_TIME_MIN - 1; 0: none (in format 1: unknown) */
     int64_t log_id, sequence;
     uint32_t late_stamp, pad2; /* counts events put into sealed chunks */
     uint32_t key_len;
@@ -198,10 +200,13 @@ struct ps_store {
     uint8_t *columns;
     int where_word, null_word, first_value, stride; /* of a record, in words; 0: absent */
     uint64_t *null_bit;                             /* per column; 0: null is in the value */
-    int64_t lateness, longest, release_after;       /* longest: largest distance of a left edge from T */
-    int64_t stale_after;                            /* an entity whose newest event is older may go at any moment */
+    int64_t lateness, longest;  /* longest: of the finite windows */
+    int64_t retention;          /* of Lifetime; PS_NO_RETENTION */
+    int64_t release_before;     /* an entity whose newest event is so far before the watermark may be released */
+    int64_t anew_after;         /* an event so long after the entity's newest starts it anew */
     uint8_t releasable, event_work, has_strings, any_left_closed;
-    uint8_t outlives_windows;                       /* releasable, and a Lifetime with ttl: state beyond the windows */
+    uint8_t format_1_unfit;     /* a store of format 1 may hold what is wrong */
+    int64_t *reach;             /* per group: an entity is known at T if it has an event in T - reach .. T */
     uint64_t fingerprint;
     int64_t *edge; /* per tail: left edge = T - edge */
     int64_t least_edge;
@@ -954,6 +959,7 @@ static void forget(ps_store *S, blob_t *B, const uint64_t *rec) {
 static void forget_front(ps_store *S, blob_t *B, chunk_t *c, uint32_t n) {
     if (S->event_work)
         for (uint32_t i = 0; i < n; i++) forget(S, B, record_at(S, c, i));
+    if (n) B->gone = (uint64_t)record_time(S, c, n - 1) - (uint64_t)(PS_TIME_MIN - 1);
     B->events -= n;
     S->map->events -= n;
 }
@@ -1160,11 +1166,6 @@ static void insert(ps_store *S, blob_t *B, ref_t chunk, uint32_t index, const ui
 
 /* ---- apply ----------------------------------------------------------------------------------------------------- */
 
-/* Sweep may have released the entity or not yet: either way it is as good as unknown, so that no read depends on it. */
-static inline int is_stale(const ps_store *S, const blob_t *B) {
-    return B->newest < S->map->watermark - S->stale_after;
-}
-
 /* Gives back all that the entity holds beside its blob and key; its ring is empty or worthless. */
 static void give_back(ps_store *S, blob_t *B) {
     while (B->first) drop_first_chunk(S, B);
@@ -1196,15 +1197,19 @@ static void give_back(ps_store *S, blob_t *B) {
     }
 }
 
-/* A stale entity gets an event: it starts anew, as it would have had sweep come by before. Its version goes on. Needed
- * only where something outlives the windows, and then the ring is short unless sweep has fallen far behind. */
+/* Lifetime with retention: whether an event comes so long after the entity's newest that it starts it anew. Sweep waits
+ * until every event that can still come would, so that nothing depends on whether it has been there. */
+static inline int starts_anew(const ps_store *S, const blob_t *B, int64_t t) {
+    return B->newest != NO_TIME && t - S->anew_after > B->newest;
+}
+
+/* The entity as if it had been released. Its version goes on. */
 OFF_PATH static void start_anew(ps_store *S, blob_t *B) {
     blob_t had = *B;
     give_back(S, B);
     memcpy(B, S->blob_image, (uint64_t)S->blob_units * UNIT);
     B->node = had.node;
     B->version = had.version;
-    B->engine_field = had.engine_field;
     B->log_id = had.log_id;
     B->sequence = had.sequence;
     B->key_is_int = had.key_is_int;
@@ -1220,7 +1225,7 @@ static int store_apply(ps_store *S, ps_handle h, const ps_event *e) {
     if (UNLIKELY(B->version >> 40)) return PS_STORE_FULL;
     int error = make_record(S, e, rec, 1);
     if (UNLIKELY(error)) return error;
-    if (UNLIKELY(S->outlives_windows) && is_stale(S, B)) start_anew(S, B);
+    if (UNLIKELY(starts_anew(S, B, e->event_time))) start_anew(S, B);
     int many = B->version + 1 >= (1u << PS_NARROW_HEADROOM);
     ref_t chunk;
     uint32_t index;
@@ -1564,6 +1569,26 @@ OFF_PATH static void window_sum(ps_store *S, ps_lane *lane, int j, int square, c
     ps_big_normalize(out);
 }
 
+/* Newest event time of the entity at or before T; NO_TIME: none. */
+OFF_PATH static int64_t newest_at(const ps_store *S, const blob_t *B, int64_t T) {
+    for (ref_t ref = B->last; ref;) {
+        chunk_t *c = AT(S, chunk_t, ref);
+        for (uint32_t i = c->count; i-- > 0;)
+            if (record_time(S, c, i) <= T) return record_time(S, c, i);
+        ref = c->prev;
+    }
+    if (B->gone) return (int64_t)(B->gone + (uint64_t)(PS_TIME_MIN - 1));
+    return B->version > B->events ? PS_TIME_MIN : NO_TIME; /* of format 1, where only Lifetime looks so far back */
+}
+
+/* The status of a null of an empty window (S9): by the entity's own events and T. */
+static inline int status_of_nothing(const ps_store *S, const blob_t *B, uint32_t group, int64_t T, const ps_event *extra) {
+    int64_t since = T - S->reach[group], newest = B->newest;
+    if (extra && extra->event_time <= T && extra->event_time >= since) return PS_NULL_VALUE;
+    if (UNLIKELY(newest > T)) newest = newest_at(S, B, T);
+    return newest >= since && newest != NO_TIME ? PS_NULL_VALUE : PS_NOT_FOUND;
+}
+
 static inline void put_null(ps_slot *slot, uint8_t *status, int type, int why) {
     slot->u = type == PS_FLOAT64 ? 0x7ff8000000000000ULL : 0;
     *status = (uint8_t)why;
@@ -1590,6 +1615,7 @@ static inline void read_plain(ps_store *S, blob_t *B, const step_t *step, int64_
     int status_now = n ? PS_PRESENT : unknown;
     if (step->off_sum) {
         double sum = ps_bits_double(0x7ff8000000000000ULL), mean = sum;
+        int status_sum = status_now;
         if (LIKELY(n != 0)) {
             ps_lane *lane = IN(B, ps_lane, step->off_sum);
             if (LIKELY(lane->limbs == 2)) {
@@ -1604,15 +1630,19 @@ static inline void read_plain(ps_store *S, blob_t *B, const step_t *step, int64_
             } else {
                 sum = wide_sum(S, lane, step->j_sum);
             }
+            if (UNLIKELY(!isfinite(sum))) {
+                sum = ps_bits_double(0x7ff8000000000000ULL);
+                status_sum = PS_INVALID;
+            }
             mean = sum / (double)(int64_t)n;
         }
         if (step->sum >= 0) {
             out[step->sum].f = sum;
-            status[step->sum] = (uint8_t)status_now;
+            status[step->sum] = (uint8_t)status_sum;
         }
         if (step->mean >= 0) {
             out[step->mean].f = mean;
-            status[step->mean] = (uint8_t)status_now;
+            status[step->mean] = (uint8_t)status_sum;
         }
     }
     if (step->max < 0 && step->min < 0) return;
@@ -1722,7 +1752,9 @@ OFF_PATH static int read_step(ps_store *S, blob_t *B, const step_t *step, int64_
                     sum = ps_big_round(&big, 0, &kept, &dropped);
                 }
             }
-            if (res->function == PS_MEAN) {
+            if (UNLIKELY(!isfinite(sum))) {
+                put_null(slot, st, res->type, PS_INVALID);
+            } else if (res->function == PS_MEAN) {
                 slot->f = sum / (double)n;
             } else if (cell->is_float) {
                 slot->f = sum;
@@ -1762,10 +1794,11 @@ OFF_PATH static int read_step(ps_store *S, blob_t *B, const step_t *step, int64_
                            has_extra ? &term : NULL, &sx);
                 window_sum(S, IN(B, ps_lane, cell->off_squares), pair->j_squares, 1, after ? after->squares : NULL,
                            has_extra ? &square : NULL, &sxx);
-                var = ps_variance(&sx, &sxx, (double)n, (double)(n - (uint64_t)samp));
+                var = ps_variance(&sx, &sxx, n, (uint64_t)samp);
                 have_var = 1 << samp;
             }
-            slot->f = res->function >= PS_STDDEV_SAMP ? sqrt(var) : var;
+            if (UNLIKELY(!isfinite(var))) put_null(slot, st, res->type, PS_INVALID);
+            else slot->f = res->function >= PS_STDDEV_SAMP ? sqrt(var) : var;
             break;
         }
         case PS_FIRST:
@@ -1802,17 +1835,33 @@ OFF_PATH static int read_step(ps_store *S, blob_t *B, const step_t *step, int64_
     return PS_STORE_OK;
 }
 
+/* Values of the group that cannot be known: those of windows that begin before `missing`; with NO_TIME, all. */
+OFF_PATH static void put_invalid(const ps_store *S, uint32_t group, int64_t missing, int64_t T, ps_slot *out,
+                                 uint8_t *status) {
+    for (uint32_t s = S->group_start[group]; s < S->group_start[group + 1]; s++) {
+        const step_t *step = &S->steps[s];
+        if (missing != NO_TIME && T - step->edge >= missing) continue;
+        for (uint32_t r = step->first_result; r < step->first_result + step->n_results; r++)
+            put_null(&out[S->results[r].out], &status[S->results[r].out], S->results[r].type, PS_INVALID);
+    }
+}
+
 static int store_read(ps_store *S, ps_handle h, uint32_t group, int64_t T, const ps_event *extra, ps_slot *out,
                       uint8_t *status, ps_arena *strings) {
     if (UNLIKELY(group >= S->n_groups)) return PS_STORE_GROUP;
     if (UNLIKELY(T < PS_TIME_MIN || T > PS_TIME_MAX)) return PS_STORE_TIME;
-    if (h && UNLIKELY(is_stale(S, (blob_t *)(S->base + h)))) h = 0;
+    if (UNLIKELY(T < S->map->watermark - S->lateness)) {
+        put_invalid(S, group, NO_TIME, T, out, status);
+        return PS_STORE_OK;
+    }
     blob_t *B = h ? (blob_t *)(S->base + h) : AT(S, blob_t, S->map->empty);
-    int unknown = h || extra ? PS_NULL_VALUE : PS_NOT_FOUND;
     if (UNLIKELY(extra != NULL)) {
+        if (starts_anew(S, B, extra->event_time)) B = AT(S, blob_t, S->map->empty);
         int error = make_record(S, extra, S->extra, 0);
         if (error) return error;
     }
+    int unknown = status_of_nothing(S, B, group, T, extra);
+    if (UNLIKELY(unknown == PS_NOT_FOUND && S->retention != PS_NO_RETENTION)) B = AT(S, blob_t, S->map->empty);
     seek(S, B, T);
     int gathered = 0, plain = extra == NULL && B->newest < T + (S->any_left_closed ^ 1);
     if (LIKELY(plain))
@@ -1832,6 +1881,8 @@ static int store_read(ps_store *S, ps_handle h, uint32_t group, int64_t T, const
         int error = read_step(S, B, step, T, extra, unknown, &gathered, out, status, strings);
         if (error) return error;
     }
+    if (UNLIKELY(S->map->missing))
+        put_invalid(S, group, (int64_t)(S->map->missing + (uint64_t)(PS_TIME_MIN - 1)), T, out, status);
     return PS_STORE_OK;
 }
 
@@ -1927,7 +1978,7 @@ static int store_sweep(ps_store *S, int64_t watermark, uint32_t max_entities) {
             blob_t *B = AT(S, blob_t, ref);
             ref_t next = B->node.next;
             visited++;
-            if (is_stale(S, B)) {
+            if (B->newest < S->map->watermark - S->release_before) {
                 if (released == max_entities) return (int)released;
                 seek(S, B, S->map->watermark > B->cursor ? S->map->watermark : B->cursor);
                 while (B->first && work > 0) {
@@ -1960,6 +2011,10 @@ static uint64_t store_version(const ps_store *S, ps_handle h) {
     return h ? ((const blob_t *)(S->base + h))->version : 0;
 }
 
+static void store_miss_before(ps_store *S, int64_t time) {
+    S->map->missing = (uint64_t)time - (uint64_t)(PS_TIME_MIN - 1);
+}
+
 static void store_log_position(const ps_store *S, ps_handle h, int64_t *log_id, int64_t *sequence) {
     const blob_t *B = h ? (const blob_t *)(S->base + h) : AT(S, blob_t, S->map->empty);
     *log_id = B->log_id;
@@ -1968,10 +2023,6 @@ static void store_log_position(const ps_store *S, ps_handle h, int64_t *log_id, 
 
 static void store_forget_unused(ps_store *S, ps_handle h) {
     if (h && !((blob_t *)(S->base + h))->version) release(S, (ref_t)(h / UNIT));
-}
-
-static uint64_t *store_engine_field(ps_store *S, ps_handle h) {
-    return h ? &((blob_t *)(S->base + h))->engine_field : NULL;
 }
 
 /* Forgets the entity altogether, and overwrites what it held. */
@@ -2112,6 +2163,8 @@ static int check_layout(const ps_layout *L, uint32_t *at) {
     }
     *at = 0;
     if (L->lateness < 0 || L->lateness > PS_TIME_MAX / 4) return PS_STORE_LAYOUT_LATENESS;
+    if (L->retention != PS_NO_RETENTION && (L->retention <= 0 || L->retention > PS_TIME_MAX / 4))
+        return PS_STORE_LAYOUT_RETENTION;
     if (L->n_where > 63) return PS_STORE_LAYOUT_WHERE;
     if (L->n_columns > 1024 || L->n_outputs > 16384) return PS_STORE_LAYOUT_SIZE;
     for (uint32_t g = 0; g < L->n_groups; g++) total += L->groups[g];
@@ -2123,7 +2176,10 @@ static int check_layout(const ps_layout *L, uint32_t *at) {
         if (o->function == PS_COUNT ? o->column != -1 : o->column < 0 || (uint32_t)o->column >= L->n_columns)
             return PS_STORE_LAYOUT_COLUMN;
         if (o->where < -1 || o->where >= (int)L->n_where) return PS_STORE_LAYOUT_WHERE;
-        if (o->closed > PS_CLOSED_LEFT || o->length < 0 || o->length > PS_TIME_MAX / 4) return PS_STORE_LAYOUT_WINDOW;
+        if (o->closed > PS_CLOSED_LEFT || o->length > PS_TIME_MAX / 4
+            || (o->length != PS_LIFETIME && o->length < (o->closed != PS_CLOSED_BOTH)))
+            return PS_STORE_LAYOUT_WINDOW;
+        if (L->retention != PS_NO_RETENTION && o->length > L->retention) return PS_STORE_LAYOUT_RETENTION;
         if (o->ttl != PS_NO_TTL
             && (o->ttl < 0 || o->ttl > PS_TIME_MAX / 4 || (o->function != PS_FIRST && o->function != PS_LAST)))
             return PS_STORE_LAYOUT_TTL;
@@ -2215,7 +2271,7 @@ static void specialize(ps_store *S, uint32_t n_steps) {
         step->j_sum = pair->j_sum;
         step->off_min = pair->off_min;
         step->off_max = pair->off_max;
-        step->edge = pair->tail < 0 ? PS_TIME_MAX * 2 : S->edge[pair->tail];
+        step->edge = pair->tail < 0 ? FOR_EVER : S->edge[pair->tail];
         for (uint32_t r = step->first_result; r < step->first_result + step->n_results; r++) {
             const result_t *res = &S->results[r];
             int *place = NULL;
@@ -2235,6 +2291,16 @@ static void specialize(ps_store *S, uint32_t n_steps) {
     }
 }
 
+/* How far before T an event makes its entity known to a group: its longest window, or the retention of Lifetime. */
+static int64_t group_reach(const ps_layout *L, uint32_t begin, uint32_t end) {
+    int64_t reach = L->retention != PS_NO_RETENTION ? L->retention : 0;
+    for (uint32_t i = begin; i < end; i++) {
+        if (L->outputs[i].length == PS_LIFETIME && L->retention == PS_NO_RETENTION) return FOR_EVER;
+        if (L->outputs[i].length > reach) reach = L->outputs[i].length;
+    }
+    return reach;
+}
+
 /* Cells, tails, pairs and steps, each found once; then their places in the blob. */
 static int compile(ps_store *S, const ps_layout *L) {
     uint32_t n = L->n_outputs, n_cols = L->n_columns;
@@ -2249,13 +2315,14 @@ static int compile(ps_store *S, const ps_layout *L) {
     S->tail_start = calloc(n + 2, sizeof(int));
     S->steps = calloc(n + 1, sizeof(step_t));
     S->group_start = calloc(L->n_groups + 1, sizeof(uint32_t));
+    S->reach = calloc(L->n_groups + 1, 8);
     S->counts = calloc(n + 1, sizeof(count_t));
     S->count_start = calloc(L->n_groups + 1, sizeof(uint32_t));
     S->results = calloc(n + 1, sizeof(result_t));
     int *pair_of = calloc(n + 1, sizeof(int));
     if (!S->columns || !S->null_bit || !S->edge || !S->cells || !S->pairs || !S->cell_pairs || !S->evicts
         || !S->counts || !S->count_start || !S->plain_winners || !S->tail_start || !S->steps || !S->group_start
-        || !S->results || !pair_of) {
+        || !S->reach || !S->results || !pair_of) {
         free(pair_of);
         return PS_STORE_MEMORY;
     }
@@ -2264,8 +2331,8 @@ static int compile(ps_store *S, const ps_layout *L) {
     S->n_where = L->n_where;
     S->n_groups = L->n_groups;
     S->lateness = L->lateness;
+    S->retention = L->retention;
     S->fingerprint = L->fingerprint;
-    S->releasable = 1;
 
     int word = 1, n_null = 0;
     if (L->n_where) S->where_word = word++;
@@ -2307,14 +2374,9 @@ static int compile(ps_store *S, const ps_layout *L) {
             int64_t edge = o->closed == PS_CLOSED_RIGHT ? o->length - 1 : o->length;
             for (tail = 0; tail < (int)S->n_tails && S->edge[tail] != edge; tail++) {}
             if (tail == (int)S->n_tails) S->edge[S->n_tails++] = edge;
-            if (edge > S->longest) S->longest = edge;
-            if (o->length > S->release_after) S->release_after = o->length;
-        } else if (o->ttl >= 0) {
-            if (o->ttl > S->release_after) S->release_after = o->ttl;
-            S->outlives_windows = 1;
-        } else {
-            S->releasable = 0;
+            if (o->length > S->longest) S->longest = o->length;
         }
+        S->format_1_unfit |= tail < 0 && o->ttl >= 0; /* its ttl released the entity */
         uint32_t p = 0;
         while (p < S->n_pairs && (S->pairs[p].cell != (int)c || S->pairs[p].tail != tail)) p++;
         pair_t *pair = &S->pairs[p];
@@ -2370,9 +2432,12 @@ static int compile(ps_store *S, const ps_layout *L) {
     S->tail_start[S->n_tails] = filled;
 
     uint32_t i = 0, n_steps = 0, n_results = 0;
+    int64_t farthest = 0;
     for (uint32_t g = 0; g < L->n_groups; g++) {
         uint32_t begin = i, end = i + L->groups[g];
         S->group_start[g] = n_steps;
+        S->reach[g] = group_reach(L, begin, end);
+        if (S->reach[g] > farthest) farthest = S->reach[g];
         for (; i < end; i++) {
             int right = L->outputs[i].closed == PS_CLOSED_LEFT;
             uint32_t s = S->group_start[g];
@@ -2440,8 +2505,14 @@ static int compile(ps_store *S, const ps_layout *L) {
     }
 #undef TAKE
     S->event_work |= S->has_strings;
-    S->stale_after = S->releasable ? S->release_after + S->lateness : (int64_t)1 << 62; /* before every time */
-    S->outlives_windows &= S->releasable;
+    S->releasable = farthest < FOR_EVER;
+    S->anew_after = FOR_EVER;
+    S->release_before = farthest + S->lateness;
+    if (S->retention != PS_NO_RETENTION) {
+        S->anew_after = S->retention + S->lateness;
+        S->release_before += S->lateness; /* the oldest event that may still come starts it anew */
+    }
+    S->format_1_unfit |= (uint8_t)ps_format_1_damaged((uint32_t)S->stride, (uint32_t)S->n_summaries);
     specialize(S, n_steps);
     filled = 0;
     for (uint32_t g = 0; g < S->n_groups; g++) {
@@ -2552,7 +2623,8 @@ static int store_commit_load(ps_store *S, uint64_t size) {
     const map_t *head = (const map_t *)S->loading;
     int error = PS_STORE_OK;
     if (!head || size > S->loading_committed) error = PS_STORE_DUMP_SIZE;
-    else if (head->magic != MAGIC || head->format != FORMAT) error = PS_STORE_DUMP_FORMAT;
+    else if (head->magic != MAGIC || head->format < 1 || head->format > FORMAT) error = PS_STORE_DUMP_FORMAT;
+    else if (head->format == 1 && S->format_1_unfit) error = PS_STORE_DUMP_UNFIT;
     else if (head->fingerprint != S->fingerprint || head->blob_bytes != S->blob_units * UNIT)
         error = PS_STORE_DUMP_FINGERPRINT;
     else if (head->bump * UNIT != size) error = PS_STORE_DUMP_SIZE;
@@ -2563,6 +2635,7 @@ static int store_commit_load(ps_store *S, uint64_t size) {
     ps_store before = *S;
     S->base = S->loading;
     S->map = (map_t *)S->base;
+    S->map->format = FORMAT;
     S->reserved = S->loading_reserved;
     S->committed = S->loading_committed;
     S->huge = S->loading_huge;
@@ -2597,6 +2670,7 @@ void ps_store_free(ps_store *S) {
     free(S->tail_start);
     free(S->steps);
     free(S->group_start);
+    free(S->reach);
     free(S->results);
     free(S->blob_image);
     free(S->record);
@@ -2661,13 +2735,15 @@ const char *ps_store_error_text(int code) {
     case PS_STORE_LAYOUT_TYPE: return "the function does not take a column of this type";
     case PS_STORE_LAYOUT_FUNCTION: return "unknown function";
     case PS_STORE_LAYOUT_WHERE: return "where: no such predicate (at most 63)";
-    case PS_STORE_LAYOUT_WINDOW: return "window: length must be positive and below 2^59 us, closed right, both or left";
+    case PS_STORE_LAYOUT_WINDOW: return "window: length must be positive (0 too if closed is both) and below 2^59 us";
     case PS_STORE_LAYOUT_TTL: return "ttl: must not be negative, and only first and last take one";
     case PS_STORE_LAYOUT_GROUPS: return "groups must add up to the number of outputs";
+    case PS_STORE_LAYOUT_RETENTION: return "retention must be within 1..2^59 us, and not shorter than a window";
     case PS_STORE_LAYOUT_LATENESS: return "lateness must be within 0..2^59 us";
     case PS_STORE_LAYOUT_SIZE:
         return "layout too large (1,024 columns, 64 of them integer, bool or timestamp, 16,384 outputs)";
     case PS_STORE_DUMP_FORMAT: return "not a dump of window state, or of another format version";
+    case PS_STORE_DUMP_UNFIT: return "the dump is of format 1, which could damage state of this layout; build it anew";
     case PS_STORE_DUMP_FINGERPRINT: return "the dump was made with another layout";
     case PS_STORE_DUMP_SIZE: return "the dump is cut short or too long";
     default: return "unknown error";
@@ -2677,7 +2753,7 @@ const char *ps_store_error_text(int code) {
 static const ps_store_api api = {
     key_hash,    store_prefetch, store_prefetch_blob, store_find,         store_find_or_create, store_apply,
     store_read,  store_version,  store_sweep,         store_stats,        store_log_position,   store_forget_unused,
-    store_engine_field, store_reserve, store_small_pages, store_erase, store_next, store_key,
+    store_miss_before, store_reserve, store_small_pages, store_erase, store_next, store_key,
     ps_store_bytes, store_begin_load, store_commit_load, store_cancel_load,
     key_partition, store_seed, store_reseed,
 };

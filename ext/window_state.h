@@ -85,8 +85,9 @@ enum ps_function {
 
 enum ps_closed { PS_CLOSED_RIGHT = 0 /* T-W < t <= T */, PS_CLOSED_BOTH = 1, PS_CLOSED_LEFT = 2 /* T-W <= t < T */ };
 
-#define PS_LIFETIME 0 /* length of a window without a left edge */
+#define PS_LIFETIME (-1) /* length of a window without a left edge */
 #define PS_NO_TTL (-1)
+#define PS_NO_RETENTION (-1)
 
 /* Bounds of event times and as_of; lengths, lateness and ttl lie within PS_TIME_MAX / 4: differences never overflow. */
 #define PS_TIME_MAX ((int64_t)1 << 61)
@@ -97,8 +98,8 @@ typedef struct {
     uint8_t closed;   /* enum ps_closed */
     int16_t column;   /* -1: none */
     int16_t where;    /* -1: none */
-    int64_t length;   /* microseconds; PS_LIFETIME */
-    int64_t ttl;      /* microseconds; PS_NO_TTL; first and last only */
+    int64_t length;   /* microseconds, 0 only if closed is both: [T, T]; PS_LIFETIME */
+    int64_t ttl;      /* microseconds; PS_NO_TTL; first and last only: how old a value may be. It releases nothing */
 } ps_output;
 
 typedef struct {
@@ -110,6 +111,7 @@ typedef struct {
     uint32_t n_groups;
     uint32_t n_where;
     int64_t lateness;
+    int64_t retention;   /* of Lifetime, microseconds, not shorter than any window; PS_NO_RETENTION */
     uint64_t fingerprint;
     uint64_t max_bytes; /* of the mapping; 0: 64 GiB, the most that fits */
     uint64_t seed[2];   /* of the hash of keys, strings and values: random and secret, one for all stores of an engine */
@@ -131,8 +133,10 @@ enum ps_store_error {
     PS_STORE_LAYOUT_TTL,
     PS_STORE_LAYOUT_GROUPS,
     PS_STORE_LAYOUT_LATENESS,
+    PS_STORE_LAYOUT_RETENTION,
     PS_STORE_LAYOUT_SIZE,
     PS_STORE_DUMP_FORMAT,
+    PS_STORE_DUMP_UNFIT,
     PS_STORE_DUMP_FINGERPRINT,
     PS_STORE_DUMP_SIZE,
 };
@@ -145,8 +149,10 @@ typedef struct {
     ps_handle (*find_or_create)(ps_store *, const ps_key *, uint64_t hash); /* 0: out of memory */
     /* 0, or an error code and nothing has changed. Lateness and duplicates are the caller's to judge. */
     int (*apply)(ps_store *, ps_handle, const ps_event *);
-    /* The outputs of one group, in order, as of as_of (not before watermark - lateness: the caller refuses that). An
-     * entity that sweep may release is read as an unknown one, whether sweep has been there or not.
+    /* The outputs of one group, in order, as of as_of. Before watermark - lateness state no longer holds what they need:
+     * then, and where a window begins before what miss_before said, they are null and INVALID. A sum, mean or variance
+     * beyond the double range is INVALID too. An entity is known by an own event within the group's reach (its longest
+     * window, or the retention of Lifetime) before as_of: an empty window is then NULL_VALUE, else NOT_FOUND.
      * extra: NULL, or one event that counts as applied now, and leaves no trace. handle 0: an unknown entity.
      * Returns 0 or an error code (then out and status are undefined). */
     int (*read)(ps_store *, ps_handle, uint32_t group, int64_t as_of, const ps_event *extra, ps_slot *out,
@@ -158,8 +164,8 @@ typedef struct {
     void (*log_position)(const ps_store *, ps_handle, int64_t *log_id, int64_t *sequence);
     /* Takes back find_or_create of an entity that no event was applied to; does nothing otherwise. */
     void (*forget_unused)(ps_store *, ps_handle);
-    /* 8 bytes of the blob for the engine's recent event ids (S16); never read here. NULL for handle 0. */
-    uint64_t *(*engine_field)(ps_store *, ps_handle);
+    /* Events before this time may never have come here (history that nobody has any more). */
+    void (*miss_before)(ps_store *, int64_t time);
     /* Memory for one apply of this event: after 0 it does not fail for want of memory. Or an error code, as apply. */
     int (*reserve)(ps_store *, ps_handle, const ps_event *);
     /* Grow by small pages from now on: steadier, a little slower; large ones suit replay. A load leaves it in force. */

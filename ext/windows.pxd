@@ -60,6 +60,7 @@ cdef extern from "window_state.h" nogil:
         uint32_t n_groups
         uint32_t n_where
         int64_t lateness
+        int64_t retention
         uint64_t fingerprint
         uint64_t max_bytes
         uint64_t seed[2]
@@ -78,7 +79,7 @@ cdef extern from "window_state.h" nogil:
         void (*stats)(const ps_store *, ps_store_stats *) noexcept nogil
         void (*log_position)(const ps_store *, ps_handle, int64_t *, int64_t *) noexcept nogil
         void (*forget_unused)(ps_store *, ps_handle) noexcept nogil
-        uint64_t *(*engine_field)(ps_store *, ps_handle) noexcept nogil
+        void (*miss_before)(ps_store *, int64_t) noexcept nogil
         int (*reserve)(ps_store *, ps_handle, const ps_event *) noexcept nogil
         void (*small_pages)(ps_store *) noexcept nogil
         int (*erase)(ps_store *, const ps_key *, uint64_t) noexcept nogil
@@ -95,6 +96,7 @@ cdef extern from "window_state.h" nogil:
     enum:
         PS_LIFETIME
         PS_NO_TTL
+        PS_NO_RETENTION
         PS_TIME_MIN
         PS_STORE_OK
         PS_STORE_MEMORY
@@ -129,6 +131,7 @@ cdef class WindowStore:
         readonly tuple groups
         readonly tuple output_types
         readonly int64_t lateness
+        readonly object retention
         readonly int n_where
         readonly uint64_t fingerprint
         list _starts

@@ -7,6 +7,7 @@ TYPES: Final[tuple[str, ...]]
 FUNCTIONS: Final[tuple[str, ...]]
 CLOSED: Final[tuple[str, ...]]
 SEED_BYTES: Final[int]
+INVALID: Final[int]
 PRESENT: Final[int]
 NULL_VALUE: Final[int]
 NOT_FOUND: Final[int]
@@ -44,6 +45,7 @@ class WindowStore:
     groups: tuple[int, ...]
     output_types: tuple[str, ...]
     lateness: int
+    retention: int | None
     n_where: int
     fingerprint: int
 
@@ -56,6 +58,7 @@ class WindowStore:
         n_where: int = 0,
         fingerprint: int = 0,
         max_bytes: int = 0,
+        retention: int | None = None,
         seed: bytes | None = None,
     ) -> None: ...
     @property
@@ -78,6 +81,7 @@ class WindowStore:
     ) -> list[tuple[Any, int]]: ...
     def version(self, key: str | int) -> int: ...
     def log_position(self, key: str | int) -> tuple[int, int]: ...
+    def miss_before(self, time: int) -> None: ...
     def sweep(self, watermark: int, max_entities: int = 64) -> int: ...
     def erase(self, key: str | int) -> bool: ...
     def keys(self) -> list[str | int]: ...

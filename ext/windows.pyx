@@ -16,6 +16,7 @@ FUNCTIONS = ("count", "count_col", "sum", "mean", "min", "max", "var_samp", "var
 CLOSED = ("right", "both", "left")
 SEED_BYTES = 16
 
+INVALID = 0
 PRESENT = 1
 NULL_VALUE = 2
 NOT_FOUND = 3
@@ -43,7 +44,7 @@ cdef class WindowStore:
     """Exact window state of one (source, entity); see window_state.h."""
 
     def __cinit__(self, columns, outputs, groups=None, lateness=0, n_where=0, fingerprint=0, max_bytes=0,
-                  seed=None):
+                  retention=None, seed=None):
         cdef ps_layout layout
         cdef int error = 0
         cdef uint32_t at = 0
@@ -57,6 +58,7 @@ cdef class WindowStore:
         if not isinstance(n_where, int) or not 0 <= n_where <= 63:
             raise ValueError(f"n_where: expected 0..63, got {n_where!r}")
         self.lateness = _microseconds(lateness, "lateness")
+        self.retention = retention
         self.n_where = n_where
         self.fingerprint = fingerprint
         for c, name in enumerate(self.columns):
@@ -85,7 +87,7 @@ cdef class WindowStore:
                 o.length = PS_LIFETIME
                 if output.window is not None:
                     o.length = _microseconds(output.window, f"outputs[{i}].window")
-                    if o.length == 0:
+                    if o.length == 0 and output.closed != "both":
                         raise ValueError(f"outputs[{i}].window: a window must be longer than 0 (None is Lifetime)")
                 o.ttl = PS_NO_TTL if output.ttl is None else _microseconds(output.ttl, f"outputs[{i}].ttl")
             for i, size in enumerate(self.groups):
@@ -98,6 +100,7 @@ cdef class WindowStore:
             layout.n_groups = len(self.groups)
             layout.n_where = self.n_where
             layout.lateness = self.lateness
+            layout.retention = PS_NO_RETENTION if retention is None else _microseconds(retention, "retention")
             layout.fingerprint = self.fingerprint
             layout.max_bytes = max_bytes
             _fill_seed(layout.seed, os.urandom(SEED_BYTES) if seed is None else seed)
@@ -243,6 +246,10 @@ cdef class WindowStore:
         cdef bytes text = _fill_key(&k, key)
         self.api.log_position(self.ptr, self.api.find(self.ptr, &k, self.api.hash(self.ptr, &k)), &log_id, &sequence)
         return log_id, sequence
+
+    def miss_before(self, int64_t time):
+        """Events before this time may never have come here: what would need them is INVALID from now on."""
+        self.api.miss_before(self.ptr, time)
 
     def sweep(self, watermark, max_entities=64):
         """Release up to max_entities idle entities, looking at a bounded number; returns how many were released."""

@@ -1,18 +1,19 @@
 """Slow, obvious engine: one event after the other, lists and dicts, every window read from scratch (tests only).
 
-What must stay true: it follows SEMANTICS ("One step", S1-S9, S11, S14, S16) and shares no code with plan, engine or
-kernels. An app is a SlowApp; `definitions(app)` writes the same app with Penstock's definitions. Rows are dicts of
-field -> value with times as integer microseconds and None for null.
+What must stay true: it follows SEMANTICS ("One step", S1-S9, S11, S14, S16, S17) and shares no code with plan, engine
+or kernels; views are read by the exact engine (penstock/offline/exact.py). An app is a SlowApp; `definitions(app)`
+writes the same app with Penstock's definitions. Rows are dicts of field -> value with times as integer microseconds and
+None for null.
 """
 
 import math
 import types
 from typing import Any, NamedTuple
 
-from oracles import expressions, split, windows
+from oracles import expressions, split
 from penstock import Aggregation, Entity, Event, Experiment, FeatureView, Lifetime, Pipeline, Rule, Timestamp
+from penstock.offline.exact import ExactOutput, ExactView, RawEvent, canonical_key
 
-STATUSES = {1: "PRESENT", 2: "NULL_VALUE", 3: "NOT_FOUND", 4: "OUTSIDE_MAX_AGE"}
 UNITS = {"us": 1, "ms": 1000, "s": 10**6, "m": 60 * 10**6, "h": 3600 * 10**6, "d": 86400 * 10**6}
 ANNOTATIONS = {"float64": float, "int64": int, "bool": bool, "string": str, "timestamp": Timestamp}
 
@@ -44,6 +45,7 @@ class SlowView(NamedTuple):
     key: str
     aggregations: tuple[SlowAggregation, ...]
     include: bool = False
+    retention: str | None = None
 
 
 class SlowPipeline(NamedTuple):
@@ -68,7 +70,7 @@ class SlowDecision(NamedTuple):
     arms: dict[str, str | None]
     features: dict[str, Any]
     statuses: dict[str, str]
-    reachable: bool  # False: some view was read before what its state must still hold (S14)
+    degraded: bool  # S17
 
 
 def length_us(text):
@@ -94,6 +96,7 @@ class SlowEngine:
         self.clock = clock
         self.events = {e.name: e for e in app.events}
         self.applied = {e.name: [] for e in app.events}
+        self.views = {v.name: exact_view(app, v) for v in app.views}
         self.watermark = {e.name: -math.inf for e in app.events}
         self.ids = {e.name: {} for e in app.events}
         self.outcomes = {
@@ -144,7 +147,6 @@ class SlowEngine:
             values[field] = row[field]
             statuses[field] = "NULL_VALUE" if row[field] is None else "PRESENT"
             kinds[field] = kind.rstrip("?")
-        reachable = True
         extra = row if outcome not in ("applied", "duplicate") else None
         for included in (False, True):
             if included and outcome == "applied":
@@ -153,14 +155,12 @@ class SlowEngine:
                 if view.include != included:
                     continue
                 key = row[view.key if view.event == event.name else view.entity]
-                source = self.events[view.event]
-                at = row[event.time]
-                reachable &= at >= self.watermark[view.event] - length_us(source.lateness)
                 counts = extra if included and view.event == event.name else None
-                for name, kind, default, value, status in self.read(view, key, at, counts):
-                    if status != "PRESENT" and default is not None:
-                        value, status = default, status if status == "OUTSIDE_MAX_AGE" else "PRESENT"
-                    values[name], statuses[name], kinds[name] = value, status, kind
+                for output, found in self.read(view, key, row[event.time], counts):
+                    name = output.name
+                    values[name], statuses[name], kinds[name] = found.value, found.status, output.result
+        degraded = outcome in ("late", "quarantined") or "INVALID" in statuses.values()
+        values["degraded"], kinds["degraded"] = degraded, "bool"
         arms = {}
         for experiment in pipeline.experiments:
             arm = split.assign(
@@ -186,7 +186,7 @@ class SlowEngine:
             arms,
             {n: values[n] for n in names},
             {n: statuses[n] for n in names},
-            reachable,
+            degraded,
         )
         if id is not None and ingest:
             self.ids[event.name][id] = decision
@@ -196,7 +196,7 @@ class SlowEngine:
         names = []
         for feature in self.app.pipeline.features:
             views = [v for v in self.app.views if v.name == feature]
-            for name in [o[0] for o in self.outputs(views[0])] if views else [feature]:
+            for name in [o.name for o in self.outputs(views[0])] if views else [feature]:
                 if name not in names:
                     names.append(name)
         return names
@@ -204,85 +204,63 @@ class SlowEngine:
     # windows
 
     def outputs(self, view):
-        fields = self.events[view.event].fields
-        for a in view.aggregations:
-            base = f"{a.function}_{a.column}" if a.column else a.function
-            for window in a.windows:
-                yield f"{view.name}.{base}_{window}", a, window, output_type(a, fields)
+        return self.views[view.name].outputs
 
     def read(self, view, key, at, extra=None):
-        """(name, type, default, value, status) per output, as of `at`; extra counts as if applied now."""
+        """(output, value and status) of each, as of `at`; extra counts as if applied now."""
         event = self.events[view.event]
         key = self.key_of(view, key)
-        rows = self.kept(view, key)
-        unknown = windows.NULL_VALUE if rows or extra else windows.NOT_FOUND
-        rows += [extra] if extra else []
-        rows.sort(key=lambda r: r[event.time])
-        for name, a, window, kind in self.outputs(view):
-            seen = [
-                windows.Event(r[event.time], (r[a.column] if a.column else None,))
-                for r in rows
-                if a.where is None or expressions.evaluate(a.where, self.typed(event, r))[1] is True
-            ]
-            output = windows.Output(
-                "count_col" if a.function == "count" and a.column else a.function,
-                0 if a.column else None,
-                None,
-                None if window == "lifetime" else length_us(window),
-                a.closed,
-                length_us(a.ttl) if a.ttl else None,
-            )
-            oracle = windows.WindowOracle([event.fields[a.column].rstrip("?") if a.column else "int64"], [output])
-            value, status = oracle.evaluate(output, seen, at, unknown)
-            yield name, kind, a.default, value, STATUSES[status]
-
-    def kept(self, view, key):
-        """The entity's applied events; none once no admissible read of any of the store's views can reach them."""
-        event = self.events[view.event]
-        reach = [
-            length_us(a.ttl) if w == "lifetime" and a.ttl else math.inf if w == "lifetime" else length_us(w)
-            for v in self.app.views
-            if (v.event, v.entity, v.key) == (view.event, view.entity, view.key)
-            for a in v.aggregations
-            for w in a.windows
+        events = [
+            RawEvent(row[event.time], 0, sequence, "applied", row)
+            for sequence, row in enumerate(self.applied[event.name])
+            if self.key_of(view, row[view.key]) == key
         ]
-        rows, newest, watermark = [], -math.inf, -math.inf
-        for r in [*self.applied[event.name], None]:
-            if newest < watermark - max(reach) - length_us(event.lateness):
-                rows, newest = [], -math.inf
-            if r is not None:
-                watermark = max(watermark, r[event.time])
-                if self.key_of(view, r[view.key]) == key:
-                    rows.append(r)
-                    newest = max(newest, r[event.time])
-        return rows
+        watermark = self.watermark[event.name]
+        exact = self.views[view.name]
+        found = exact.values(events, at, watermark=None if watermark == -math.inf else watermark, request=extra)
+        return list(zip(exact.outputs, found))
 
     def features(self, view, key, at):
         view = next(v for v in self.app.views if v.name == view)
-        found = {}
-        for name, _, default, value, status in self.read(view, key, at):
-            found[name] = (value if value is not None else default, status)
-        return found
+        return {output.name: (found.value, found.status) for output, found in self.read(view, key, at)}
 
     # rows
 
     def key_of(self, view, value):
-        kind = self.app.entities.get(view.entity)
-        if kind is str:
-            return str, str(value)
-        if kind is int and isinstance(value, str):
-            try:
-                if str(int(value)) == value and -(2**63) <= int(value) < 2**63:
-                    value = int(value)
-            except ValueError:
-                pass
-        return type(value), value
+        return canonical_key(value, {str: "string", int: "int64", None: None}[self.app.entities.get(view.entity)])
 
     def normal(self, event, row):
         return {f: None if isinstance(row.get(f), float) and math.isnan(row[f]) else row.get(f) for f in event.fields}
 
-    def typed(self, event, row):
-        return {f: (kind.rstrip("?"), row[f]) for f, kind in event.fields.items()}
+
+def exact_view(app, view):
+    """A SlowView for the exact engine."""
+    event = next(e for e in app.events if e.name == view.event)
+    kinds = {f: kind.rstrip("?") for f, kind in event.fields.items()}
+
+    def where(tree):
+        return tree and (lambda row: expressions.evaluate(tree, {f: (kind, row[f]) for f, kind in kinds.items()})[1])
+
+    return ExactView(
+        tuple(
+            ExactOutput(
+                name=f"{view.name}.{a.function}{'_' + a.column if a.column else ''}_{window}",
+                function=a.function,
+                column=a.column,
+                type=kinds[a.column] if a.column else "int64",
+                where=where(a.where),
+                window=None if window == "lifetime" else length_us(window),
+                closed=a.closed,
+                ttl=length_us(a.ttl) if a.ttl else None,
+                default=a.default,
+                result=output_type(a, event.fields),
+            )
+            for a in view.aggregations
+            for window in a.windows
+        ),
+        length_us(event.lateness),
+        length_us(view.retention) if view.retention else None,
+    )
 
 
 def event_class(event):
@@ -318,6 +296,7 @@ def definitions(app):
             source=classes[view.event],
             key=view.key,
             include_request_event=view.include,
+            **({"retention": view.retention} if view.retention else {}),
             aggregations=[
                 Aggregation(
                     a.function,

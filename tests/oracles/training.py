@@ -7,7 +7,8 @@ the log; rows are dicts with times as integer microseconds and None for null.
 import math
 from typing import Any, NamedTuple
 
-from oracles.engine import SlowEngine, length_us
+from oracles.engine import SlowEngine, exact_view
+from penstock.offline.exact import RawEvent
 
 
 class Logged(NamedTuple):
@@ -17,84 +18,108 @@ class Logged(NamedTuple):
     ingest_time: int
 
 
-class AsOf(SlowEngine):
-    """Views as of one T, with the events of one K in the order in which they count.
+def own_events(app, log, spine, views, time):
+    """Per spine row the sequence of the log's event that it is, or None (S5).
 
-    forgets: what online state may have released by the watermark is unknown. before: an event finds the watermark of
-    the times before its own, so that it does not depend on the order of equal times.
+    Rows may be events of the views' types: of those whose id the spine has, else of those that share most columns.
     """
-
-    def __init__(self, app, known, forgets, before):
-        super().__init__(app)
-        self.forgets = forgets
-        self.before = before
-        for logged in known:
-            self.apply(self.events[logged.event], logged.row)
-
-    def kept(self, view, key):
-        event = self.events[view.event]
-        if not self.forgets:
-            return [r for r in self.applied[event.name] if self.key_of(view, r[view.key]) == key]
-        spans = [
-            length_us(a.ttl) if w == "lifetime" and a.ttl else math.inf if w == "lifetime" else length_us(w)
-            for v in self.app.views
-            if (v.event, v.entity, v.key) == (view.event, view.entity, view.key)
-            for a in v.aggregations
-            for w in a.windows
-        ]
-        reach = max(spans) + length_us(event.lateness)
-        rows, newest, watermark = [], -math.inf, -math.inf
-        for i, r in enumerate(self.applied[event.name]):
-            at = r[event.time]
-            if self.key_of(view, r[view.key]) == key:
-                if self.before:
-                    earlier = [x[event.time] for x in self.applied[event.name][:i] if x[event.time] < at]
-                    watermark = max(earlier, default=-math.inf)
-                if newest < watermark - reach:
-                    rows, newest = [], -math.inf
-                rows.append(r)
-                newest = max(newest, at)
-            watermark = max(watermark, at)
-        return [] if newest < watermark - reach else rows
+    asked = {v.event for v in app.views if v.name in views}
+    columns = set().union(*spine)
+    keys = {e.name: {v.key for v in app.views if v.event == e.name and v.name in views} for e in app.events}
+    shared = {
+        e.name: (e.event_id in columns, len(keys[e.name] | {e.time} | {f for f in e.fields if f in columns}))
+        for e in app.events
+        if e.name in asked
+    }
+    candidates = [e for e in app.events if e.name in asked and shared[e.name] == max(shared.values())]
+    taken = set()
+    found = []
+    for row in spine:
+        mine = None
+        for sequence, logged in enumerate(log):
+            event = next((e for e in candidates if e.name == logged.event), None)
+            if event is None or sequence in taken or logged.outcome == "duplicate":
+                continue
+            if event.event_id in columns and row[event.event_id] is not None:
+                same = row[event.event_id] == logged.row[event.event_id]
+            else:
+                at = logged.row[event.time] == row[time]
+                fields = [f for f in event.fields if f in columns and f not in (event.event_id, event.time)]
+                same = at and all(without_nan(row[f]) == logged.row[f] for f in fields)
+            if same:
+                mine = sequence
+                taken.add(sequence)
+                break
+        found.append(mine)
+    return found
 
 
-def training_set(app, log, spine, views, time, mode="ingest_time"):
+def without_nan(value):
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def training_set(app, log, spine, views, time, mode="ingest_time", own="auto"):
     """Per spine row a dict: feature -> (value, status).
 
     views: names; time: the spine's column with T; mode: ingest_time, backfill, or the name of the column with the
-    sequence before which events count.
+    sequence before which events count. own: "never": no row is one of the log's events.
     """
+    owns = [None] * len(spine) if own == "never" else own_events(app, log, spine, views, time)
+    engine = SlowEngine(app)
+    clock, latest = [], -math.inf
+    for logged in log:
+        latest = max(latest, logged.ingest_time)  # the ingest clock never goes back
+        clock.append(latest)
     found = []
-    for row in spine:
-        at = row[time]
+    for row, mine in zip(spine, owns):
         features = {}
         for view in (v for v in app.views if v.name in views):
             event = next(e for e in app.events if e.name == view.event)
-            known, latest = [], -math.inf
-            for sequence, logged in enumerate(log):
-                latest = max(latest, logged.ingest_time)  # the ingest clock never goes back
-                if logged.outcome != "applied" or logged.event != view.event:
-                    continue
-                if mode == "backfill":
-                    visible = logged.row[event.time] <= at
-                elif mode == "ingest_time":
-                    visible = latest <= at
-                else:
-                    visible = sequence < row[mode]
-                if visible:
-                    known.append(logged)
-            if mode == "backfill":
-                known.sort(key=lambda logged: (logged.row[event.time], logged.ingest_time))
-            newest = max((logged.row[event.time] for logged in known), default=-math.inf)
-            # Older than online state reaches: read as if nothing had ever been given up.
-            forgets = at >= newest - length_us(event.lateness)
-            engine = AsOf(app, known, forgets, mode == "backfill")
-            own = engine.normal(event, {**row, event.time: at})
-            extra = own if view.include and mode != "backfill" else None
-            key = row[view.key] if view.key in row else row[view.entity]
-            for name, _, default, value, status in engine.read(view, key, at, extra):
-                if status != "PRESENT" and default is not None:
-                    value, status = default, status if status == "OUTSIDE_MAX_AGE" else "PRESENT"
-                features[name] = (value, status)
+            given = row[view.key] if view.key in row else row[view.entity]
+            for output, value in values(engine, view, event, log, clock, row, row[time], given, mine, mode):
+                features[output.name] = (value.value, value.status)
         found.append(features)
     return found
+
+
+def values(engine, view, event, log, clock, row, at, key, mine, mode):
+    """One view of one row."""
+
+    def place(sequence):  # S6
+        logged = log[sequence]
+        return (logged.row[engine.events[logged.event].time], clock[sequence], sequence)
+
+    applied = [s for s, logged in enumerate(log) if logged.event == view.event and logged.outcome == "applied"]
+    own = mine if mode in ("ingest_time", "backfill") or mine == row[mode] else None
+    served = own is not None or mode not in ("ingest_time", "backfill")
+    if mode == "backfill":
+        before = [s for s in applied if own is None or place(s) < place(own)]
+    elif own is not None:
+        before = [s for s in applied if s < own]
+    elif mode == "ingest_time":
+        before = [s for s in applied if clock[s] <= at]
+    else:
+        before = [s for s in applied if s < row[mode]]
+    # What the online state had given up by then is invalid; a row as of its time alone is read from all of history.
+    watermark = None
+    if served and mode != "backfill":
+        watermark = max((log[s].row[event.time] for s in before), default=None)
+    request = None
+    if own is not None and view.include and log[own].event == view.event:
+        if own in applied:
+            before.append(own)
+        else:
+            request = log[own].row
+    elif own is None and view.include and mode != "backfill":
+        counted = mine is not None and mode != "ingest_time" and mine < row[mode]  # among what it sees
+        request = None if counted else engine.normal(event, {**row, event.time: at})
+    key = engine.key_of(view, key)
+    if mode == "backfill":
+        before.sort(key=place)
+    events = [
+        RawEvent(log[s].row[event.time], clock[s], i, "applied", log[s].row)
+        for i, s in enumerate(before)
+        if engine.key_of(view, log[s].row[view.key]) == key
+    ]
+    exact = exact_view(engine.app, view)
+    return zip(exact.outputs, exact.values(events, at, watermark=watermark, request=request))

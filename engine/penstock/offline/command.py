@@ -41,8 +41,15 @@ def _parity(arguments: list[str]) -> int:
     parser.add_argument("--models", metavar="DIR", help="compare the decisions too, with the models in this folder")
     parser.add_argument("--pipeline", metavar="NAME", action="append", help="only this pipeline; may be given again")
     parser.add_argument("--by-time", action="store_true", help="also a training set of each score's time alone")
+    parser.add_argument(
+        "--independent", action="store_true", help="a sample of scores, from raw events without the engine: views alone"
+    )
+    parser.add_argument("--sample", metavar="N", type=int, help="with --independent: scores per pipeline (1,000)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="with --independent: another sample")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     given = parser.parse_args(arguments)
+    if given.sample is not None and given.sample < 1:
+        raise PenstockError(f"--sample: expected at least 1, got {given.sample}")
     from .parity import parity
 
     with Progress("comparing logged scores with the log") as progress:
@@ -52,6 +59,9 @@ def _parity(arguments: list[str]) -> int:
             models=given.models,
             pipelines=given.pipeline,
             by_time=given.by_time,
+            independent=given.independent,
+            sample=given.sample,
+            seed=given.seed,
             progress=progress,
         )
     if given.json:

@@ -19,7 +19,7 @@ from .._ext.history import HistoryRun
 from .._ext.log import ingest_times
 from ..app import App, load_plan
 from ..engine import Engine
-from ..errors import LogError
+from ..errors import LogError, PenstockError
 from ..terminal import table
 from ..timestamp import Timestamp
 from .history import History
@@ -81,6 +81,7 @@ class PipelineParity(msgspec.Struct, kw_only=True):
     other_plans: int = 0
     not_found: int = 0
     by_time: TimeParity | None = None
+    sampled: int | None = None  # scores that were compared, where not all were
 
 
 class ParityReport(msgspec.Struct, kw_only=True):
@@ -90,6 +91,7 @@ class ParityReport(msgspec.Struct, kw_only=True):
     events: int
     pipelines: list[PipelineParity]
     history_begins: int = 0
+    independent: bool = False
 
     @property
     def ok(self) -> bool:
@@ -105,7 +107,10 @@ class ParityReport(msgspec.Struct, kw_only=True):
     def __str__(self) -> str:
         lines: list[str] = []
         for pipeline in self.pipelines:
-            lines.append(f"pipeline {pipeline.name}: {pipeline.scores:,} logged scores, {self.events:,} events")
+            sampled = "" if pipeline.sampled is None else f", {pipeline.sampled:,} of them sampled"
+            lines.append(
+                f"pipeline {pipeline.name}: {pipeline.scores:,} logged scores{sampled}, {self.events:,} events"
+            )
             rows = [*pipeline.features, *([pipeline.decisions] if pipeline.decisions else [])]
             header = ["feature", "compared", "equal", "mismatched", "missing", "extra", "erased", "before history"]
             lines.append(
@@ -134,7 +139,9 @@ class ParityReport(msgspec.Struct, kw_only=True):
                     f"  {pipeline.other_plans:,} scores were made by another version of the pipeline or its models: "
                     "their features are compared by name, their decisions are not"
                 )
-            if pipeline.decisions is None and pipeline.scores:
+            if self.independent:
+                lines.append("  recomputed from raw events without the engine: features of views alone")
+            elif pipeline.decisions is None and pipeline.scores:
                 lines.append("  decisions were not compared: they need the same pipeline and its model folder")
             if (t := pipeline.by_time) is not None:
                 lines.append(
@@ -167,14 +174,28 @@ def parity(
     models: str | Path | None = None,
     pipelines: list[str] | None = None,
     by_time: bool = False,
+    independent: bool = False,
+    sample: int | None = None,
+    seed: int = 0,
     progress: Done | None = None,
 ) -> ParityReport:
     """Compute every logged score's features (with `models` also its decision) anew from the log, and compare.
 
     by_time: also compare a training set asked for with each score's T alone; rows that differ by events in flight are
     counted apart. The folder may be in use by a server.
+    independent: from raw events by slow exact arithmetic, without the engine, of `sample` scores of each pipeline
+    (default 1,000; a hash with the key `seed` chooses): features of views alone, no functions and no decisions.
     Raises LogError where history cannot be read, DefinitionError for a wrong app.
     """
+    if independent:
+        from .independent import SAMPLE, independent_parity
+
+        if models is not None or by_time:
+            raise PenstockError("independent parity compares the features of views: leave models and by_time away")
+        size = SAMPLE if sample is None else sample
+        return independent_parity(app, log, pipelines=pipelines, sample=size, seed=seed, progress=progress)
+    if sample is not None or seed:
+        raise PenstockError("sample and seed are for independent parity; without it every score is compared")
     history = History(LogFolder(log))
     history.check()
     begins = history.first_watermarks() if history.first_sequence > 0 else None

@@ -21,6 +21,7 @@ __all__ = [
     "ScoreSchema",
     "event_mapping",
     "read_schema",
+    "record_fields",
     "schemas_of",
     "score_mapping",
     "score_schema",
@@ -134,6 +135,15 @@ def read_schema(data: bytes) -> Schema:
 
 def event_mapping(schema: EventSchema, event: EventPlan) -> EventMapping:
     """How records of a schema are read as an event type of today. Raises LogError with every difference."""
+    fields, defaults = record_fields(schema, event)
+    return EventMapping(event.index, fields, [f.type for f in event.fields], defaults, len(schema.fields))
+
+
+def record_fields(schema: EventSchema, event: EventPlan) -> tuple[list[int], list[Any]]:
+    """Per field of an event type of today its index in records of a schema (-1: they lack it), and its default.
+
+    Raises LogError with every difference that cannot be read.
+    """
     have = {field.name: (i, field) for i, field in enumerate(schema.fields)}
     fields: list[int] = []
     defaults: list[Any] = []
@@ -154,7 +164,7 @@ def event_mapping(schema: EventSchema, event: EventPlan) -> EventMapping:
             f"event {event.name} has changed in a way that its log cannot be read: {'; '.join(problems)}. "
             "Give the event type a new name, or undo the change"
         )
-    return EventMapping(event.index, fields, [f.type for f in event.fields], defaults, len(schema.fields))
+    return fields, defaults
 
 
 def _default(field: Any) -> Any:
