@@ -7,7 +7,7 @@ ARGS ?=
 SECONDS ?= 1800
 NATIVE := $(wildcard ext/*.pyx ext/*.pxd ext/*.c ext/*.h) setup.py pyproject.toml
 
-.PHONY: test ci-extra lint demo bench bench-peers soak clean tools
+.PHONY: test asan ci-extra lint demo bench bench-peers soak clean tools
 
 tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "make: CPython 3.11 or newer is needed as '$(PYTHON)' (set PYTHON=...)" >&2; exit 1; }
@@ -35,6 +35,12 @@ $(VENV)/extra-%: pyproject.toml .ci/requirements.py | $(BIN)/python
 
 test: $(VENV)/built $(VENV)/extra-test
 	@$(BIN)/python -m pytest $(ARGS)
+
+# The kernels under the address and undefined-behaviour sanitizers, in build/asan: their tests, and damaged files of every
+# kind. make asan ARGS='--seed 7', or pytest's arguments: make asan ARGS=tests/ext/test_windows.py
+asan: $(VENV)/built $(VENV)/extra-test
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77' 'cython>=3.1'
+	@$(BIN)/python tests/sanitizers/run.py $(ARGS)
 
 # What only CI installs beside the tests' own needs; tests that lack it skip.
 ci-extra: $(VENV)/built $(VENV)/extra-test $(VENV)/extra-ci $(VENV)/kserve/installed

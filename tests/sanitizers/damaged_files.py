@@ -6,7 +6,7 @@ own; nothing is read or written out of bounds (`make asan` runs this under the s
 Not changed under a right checksum: pages of window state, which are the kernel's own memory. What would tell that they
 are wrong is to build them anew from the log.
 
-    damaged_files.py [--seed S] [--variants N] [--only log,batch,snapshot,state,model] [--at I]
+    damaged_files.py [--seed S] [--times N] [--only log,batch,snapshot,state,model] [--at I]
 """
 
 from __future__ import annotations
@@ -512,7 +512,7 @@ def run(kind: str, seed: int, wanted: range, folder: Path) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="0: another one each time")
-    parser.add_argument("--variants", type=int, default=0, help="of each kind; 0: what `make asan` runs")
+    parser.add_argument("--times", type=int, default=1, help="so many times what `make asan` runs")
     parser.add_argument("--only", default=",".join(KINDS))
     parser.add_argument("--at", type=int, help="run this variant alone")
     given = parser.parse_args()
@@ -521,7 +521,7 @@ def main() -> int:
     counts = []
     began = time.monotonic()
     for kind in given.only.split(","):
-        wanted = range(given.variants or VARIANTS[kind]) if given.at is None else range(given.at, given.at + 1)
+        wanted = range(given.times * VARIANTS[kind]) if given.at is None else range(given.at, given.at + 1)
         with tempfile.TemporaryDirectory() as folder:
             failed += run(kind, seed, wanted, Path(folder))
         counts.append(f"{len(wanted)} of {kind} ({time.monotonic() - began:.0f} s)")

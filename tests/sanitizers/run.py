@@ -4,7 +4,7 @@
 They are built into build/asan, beside the normal build. What must stay true: every test file below runs whole or is
 left out here with its reason, and any report of a sanitizer, in a child process too, fails the run.
 
-    run.py [--jobs N] [--seed S] [--damaged N] [--build-only] [pytest arguments: they take the place of the list]
+    run.py [--jobs N] [--seed S] [--times N] [--only-damaged] [--build-only] [pytest arguments, in place of the list]
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ LEFT_OUT = {
     "tests/offline/test_object_store.py": "a server and the network; the files are those of the compaction's tests",
     "tests/offline/test_ray.py": "a cluster",
 }
+DAMAGED = ["log", "batch", "model", "snapshot", "state"]
 DESELECTED = {
     "tests/ext/test_infer.py::test_no_byte_is_read_past_the_end": "builds a program with sanitizers of its own",
     "tests/ext/test_windows.py::test_no_call_pauses_for_a_millisecond": SLOW,
@@ -114,7 +115,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2)
     parser.add_argument("--seed", type=int, default=0, help="of the damaged files; 0: another one each time")
-    parser.add_argument("--damaged", type=int, default=0, metavar="N", help="damaged variants of each file")
+    parser.add_argument("--times", type=int, default=1, help="so many times as many damaged files")
+    parser.add_argument("--only-damaged", action="store_true", help="the damaged files alone")
     parser.add_argument("--build-only", action="store_true")
     given, pytest_arguments = parser.parse_known_args()
     began = time.monotonic()
@@ -132,10 +134,11 @@ def main() -> int:
         jobs.append((" ".join(pytest_arguments), [*pytest, *pytest_arguments]))
     else:
         damaged = [sys.executable, str(Path(__file__).with_name("damaged_files.py"))]
-        damaged += ["--seed", str(given.seed)] + (["--variants", str(given.damaged)] if given.damaged else [])
-        jobs.append(("damaged files", damaged))
-        leave = [argument for name in DESELECTED for argument in ("--deselect", name)]
-        jobs += [(name, [*pytest, name, *leave]) for name in files()]
+        damaged += ["--seed", str(given.seed), "--times", str(given.times), "--only"]
+        jobs += [(f"damaged files: {kind}", [*damaged, kind]) for kind in DAMAGED]
+        if not given.only_damaged:
+            leave = [argument for name in DESELECTED for argument in ("--deselect", name)]
+            jobs += [(name, [*pytest, name, *leave]) for name in files()]
     with ThreadPoolExecutor(given.jobs) as pool:
         good = list(pool.map(lambda job: run(*job, env), jobs))
     reports = sorted(REPORTS.iterdir())
