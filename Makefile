@@ -39,7 +39,7 @@ test: $(VENV)/built $(VENV)/extra-test
 # The kernels under the address and undefined-behaviour sanitizers, in build/asan: their tests, and damaged files of every
 # kind. make asan ARGS='--seed 7', or pytest's arguments: make asan ARGS=tests/ext/test_windows.py
 asan: $(VENV)/built $(VENV)/extra-test
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77' 'cython>=3.1'
+	@$(BIN)/python -c 'import Cython, setuptools' 2>/dev/null || $(PIP) 'setuptools>=77' 'cython>=3.1'
 	@$(BIN)/python tests/sanitizers/run.py $(ARGS)
 
 # What only CI installs beside the tests' own needs; tests that lack it skip.

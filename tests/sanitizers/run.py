@@ -114,7 +114,7 @@ def run(what: str, command: list[str], env: dict[str, str]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2)
-    parser.add_argument("--seed", type=int, default=0, help="of the damaged files; 0: another one each time")
+    parser.add_argument("--seed", type=int, default=1, help="of the damaged files; 0: another one each time")
     parser.add_argument("--times", type=int, default=1, help="so many times as many damaged files")
     parser.add_argument("--only-damaged", action="store_true", help="the damaged files alone")
     parser.add_argument("--build-only", action="store_true")
