@@ -42,6 +42,7 @@ FORMAT = 1
 PAGE = native.PAGE
 BLOCK = 1 << 20  # bytes under one checksum, and the most that is moved at a time
 WRITE_BACK = 8 << 20  # bytes that may wait for the disk
+MAX_BYTES = 1 << 36  # of a store
 MAX_FILES = 16  # of one store; then one delta over the base takes the place of the others
 MAGIC = b"PENSTOCK snapshot\0\0\0"
 HEADER = struct.Struct("<20sIB7xQqQQ16s16s16s")
@@ -86,6 +87,12 @@ class Manifest(msgspec.Struct, frozen=True):
     format: int
     position: SnapshotPosition
     stores: dict[str, StoreState]
+
+
+class _Format(msgspec.Struct):
+    """What every manifest says, of whatever format."""
+
+    format: int
 
 
 class _Checked(msgspec.Struct):
@@ -466,8 +473,25 @@ def _read_manifest(path: Path) -> Manifest:
         raise _Damaged(f"{path}: damaged: {error}") from None
     if f"{native.crc32c(body):08x}" != checked.crc32c:
         raise _Damaged(f"{path}: damaged: checksum mismatch at offset 0")
-    _check_format(path, msgspec.json.decode(body)["format"])
-    return msgspec.json.decode(body, type=Manifest)
+    try:
+        _check_format(path, msgspec.json.decode(body, type=_Format).format)
+        manifest = msgspec.json.decode(body, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise _Damaged(f"{path}: damaged: {error}") from None
+    _check_manifest(path, manifest)
+    return manifest
+
+
+def _check_manifest(path: Path, manifest: Manifest) -> None:
+    """Its numbers and paths: a checksum is no signature."""
+    for fingerprint, state in manifest.stores.items():
+        wrong = not re.fullmatch(r"[0-9a-f]{16}", fingerprint) or not 0 < state.size <= MAX_BYTES or not state.files
+        for file in state.files:
+            name = re.fullmatch(rf"({NAME.pattern})/{re.escape(fingerprint)}\.(base|delta)", file.path)
+            wrong |= name is None or not re.fullmatch(r"[0-9a-f]{32}", file.id)
+            wrong |= not 0 <= file.pages <= -(-state.size // PAGE)
+        if wrong:
+            raise _Damaged(f"{path}: damaged: the files of store {fingerprint} are none that a snapshot has")
 
 
 def _check_format(path: Path, format: int) -> None:
