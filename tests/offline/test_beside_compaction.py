@@ -110,8 +110,11 @@ def test_pieces_while_a_batch_is_written_anew(tmp_path: Path) -> None:
 
 
 def test_pieces_that_retention_has_dropped_are_said_to_be(tmp_path: Path) -> None:
-    folder = shop_log(tmp_path / "log", runs=3, n=40)
+    folder = shop_log(tmp_path / "log", runs=2, n=40)
     round_of(folder)
+    with Engine(str(SHOP), log=folder, log_options=OPTIONS) as engine:
+        fill(engine, 40, seed=3, first=2000)  # so much later that the ids of before are forgotten
+    take_snapshot(folder)
     history = History(LogFolder(folder))
     history.check()
     assert retain(folder, 1).batches == 1

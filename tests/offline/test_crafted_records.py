@@ -28,7 +28,6 @@ from penstock.offline.batches import BatchStore, schema_layouts
 from penstock.offline.compaction import compact
 from penstock.offline.erasure import erase
 from penstock.offline.history import History
-from penstock.offline.keeper import take_snapshot
 from penstock.offline.log_folder import LogFolder
 from penstock.offline.parity import parity
 from penstock.offline.schemas import record_schemas
@@ -243,8 +242,6 @@ def test_a_record_kept_whole_in_parquet_is_checked_too(shop: Path, tmp_path: Pat
     column = pa.array(kept, type=table.schema.field("_record").type)
     table = table.set_column(table.schema.get_field_index("_record"), "_record", column)
     pq.write_table(table, Path(store.uri) / file)
-    take_snapshot(folder.path)
-    compact(folder.path)
     history = History(folder)
     history.check()
     ((name, wrong),) = history.check_batches()

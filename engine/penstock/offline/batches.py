@@ -360,11 +360,14 @@ class BatchStore:
                     f"{path}: written by a newer version of Penstock (format {format}, this one reads up to {FORMAT})"
                 )
             batch = msgspec.json.decode(checked.batch, type=Batch)
-            batch.check()
         except (msgspec.DecodeError, LookupError, UnicodeDecodeError) as error:
             raise LogError(f"{path}: damaged: {error}") from None
         if batch.log_id != self.log_id:
             raise LogError(f"{path}: this batch is of another log ({batch.log_id}, not {self.log_id})")
+        try:
+            batch.check()
+        except LogError as error:
+            raise LogError(f"{path}: damaged: {error}; restore it from a copy") from None
         return batch
 
     def put_batch(self, batch: Batch) -> None:

@@ -135,7 +135,7 @@ def score_schema(pipeline: PipelinePlan, words: Any, models: list[tuple[str, str
 def read_schema(data: bytes) -> Schema:
     """A schema from the body of its record. Raises LogError where it is none, or contradicts itself."""
     try:
-        schema: Schema = msgspec.json.decode(data, type=Schema)
+        schema: Schema = msgspec.json.decode(data.decode(), type=Schema)  # what it passes over is text too
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise LogError(f"a schema of the log cannot be read: {error}") from None
     wrong = _event_problem(schema) if isinstance(schema, EventSchema) else _score_problem(schema)
