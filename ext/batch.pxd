@@ -25,6 +25,7 @@ cdef class VerdictColumns:
         uint64_t *fired
         int8_t *arms
         uint8_t *outcome
+        uint8_t *degraded
         object keep
 
 

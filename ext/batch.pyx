@@ -13,7 +13,7 @@ from libc.string cimport memcpy
 
 from penstock.errors import EngineError
 
-from penstock._ext.core cimport Core
+from penstock._ext.core cimport Core, undecided
 from penstock._ext.decision cimport Decision, OUTCOME_DUPLICATE, Verdict, slot_value
 from penstock._ext.events cimport Column, ColumnSet, EventReader
 from penstock._ext.row cimport PS_AGED, PS_PRESENT, ps_slot
@@ -23,11 +23,11 @@ from penstock._ext.steps cimport BLOCK, OUT_OF_MEMORY, PipeC, Pipe, RowKeys, Row
 cdef class VerdictColumns:
     """Where a table run leaves its decisions: arrays by address, one entry per scored row.
 
-    ids: 26 bytes each; action, model, failed: int16; score: float64; fired: uint64; arms: int8 x experiments; outcome: uint8.
+    ids: 26 bytes each; action, model, failed: int16; score: float64; fired: uint64; arms: int8 x experiments; outcome, degraded: uint8.
     """
 
-    def __cinit__(self, ids, action, model, failed, score, fired, arms, outcome):
-        self.keep = (ids, action, model, failed, score, fired, arms, outcome)
+    def __cinit__(self, ids, action, model, failed, score, fired, arms, outcome, degraded):
+        self.keep = (ids, action, model, failed, score, fired, arms, outcome, degraded)
         self.ids = <char *><uintptr_t>(ids.ctypes.data if ids is not None else 0)
         self.action = <int16_t *><uintptr_t>action.ctypes.data
         self.model = <int16_t *><uintptr_t>model.ctypes.data
@@ -36,6 +36,7 @@ cdef class VerdictColumns:
         self.fired = <uint64_t *><uintptr_t>fired.ctypes.data
         self.arms = <int8_t *><uintptr_t>arms.ctypes.data
         self.outcome = <uint8_t *><uintptr_t>outcome.ctypes.data
+        self.degraded = <uint8_t *><uintptr_t>degraded.ctypes.data
 
 
 cdef class BatchRun:
@@ -319,7 +320,7 @@ cdef class BatchRun:
                 verdict = &rows.verdicts[which[i]]
                 if v.ids != NULL:
                     self.core.ids.next(now, v.ids + 26 * (written + i))
-                    if self.core.log_ptr != NULL and (verdict.failed < 0 or self.pipe.c.fallback >= 0):
+                    if self.core.log_ptr != NULL and not undecided(&self.pipe.c, verdict):
                         row = which[i]
                         self.core.append_score(
                             &self.pipe.c, rows.slots + row * rows.width, rows.status + row * rows.width, &rows.arena,
@@ -331,6 +332,7 @@ cdef class BatchRun:
                 v.score[written + i] = verdict.score if verdict.has_score else NAN
                 v.fired[written + i] = verdict.fired
                 v.outcome[written + i] = verdict.outcome
+                v.degraded[written + i] = verdict.degraded
                 for k in range(n_arms):
                     v.arms[(written + i) * n_arms + k] = verdict.arms[k]
         return 0
@@ -353,7 +355,7 @@ cdef class BatchRun:
                 continue
             known = home.get(id)
             if known is None:
-                if self.ingest and (rows.verdicts[row].failed < 0 or self.pipe.c.fallback >= 0):
+                if self.ingest and not undecided(&self.pipe.c, &rows.verdicts[row]):
                     home[id] = Decision.new(self.pipe.texts, v.ids + 26 * (written + i), &rows.verdicts[row])
                 continue
             decision = <Decision>known
@@ -364,6 +366,7 @@ cdef class BatchRun:
             v.score[written + i] = decision.verdict.score if decision.verdict.has_score else NAN
             v.fired[written + i] = decision.verdict.fired
             v.outcome[written + i] = OUTCOME_DUPLICATE
+            v.degraded[written + i] = decision.verdict.degraded
             for k in range(n_arms):
                 v.arms[(written + i) * n_arms + k] = decision.verdict.arms[k]
         return 0

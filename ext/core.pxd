@@ -25,6 +25,11 @@ ctypedef struct BlockParts:
     void *rows
 
 
+cdef inline bint undecided(const PipeC *pipe, const Verdict *verdict) noexcept nogil:
+    """Whether something failed and no fallback stands in for it: an error, and no decision."""
+    return verdict.failed >= 0 and verdict.failed != pipe.degraded_failure and pipe.fallback < 0
+
+
 cdef class Core
 
 
@@ -93,7 +98,8 @@ cdef class Core:
     cdef object not_ingested(self, int code, str what)
     cdef int wait_for_log(self) except -1
     cdef int read_views(self, PipeC *pipe, RowKeys *keys, ps_handle *handles, const ps_event *events, int applied,
-                        int with_event, int64_t as_of, ps_slot *slots, uint8_t *status, ps_arena *arena) noexcept nogil
+                        int with_event, int64_t as_of, ps_slot *slots, uint8_t *status, ps_arena *arena,
+                        Verdict *verdict) noexcept nogil
     cdef void run_models(self, PipeC *pipe, Rows rows, const int *which, int n) noexcept nogil
     cdef void decide(self, PipeC *pipe, ps_slot *slots, uint8_t *status, ps_arena *arena, Verdict *verdict) noexcept nogil
     cdef Decision finish(self, Pipe pipe, Rows rows, int row, int64_t now, bint explain)

@@ -13,7 +13,7 @@ from cpython.unicode cimport PyUnicode_CheckExact, PyUnicode_DATA, PyUnicode_GET
 from libc.math cimport NAN, isnan
 from libc.stdint cimport int16_t, int64_t, int8_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free
-from libc.string cimport memcpy, memset
+from libc.string cimport memchr, memcpy, memset
 
 import os
 import weakref
@@ -28,7 +28,7 @@ from penstock._ext.event_record cimport (
 )
 from penstock._ext.log cimport EventLog
 from penstock._ext.row cimport (
-    PS_AGED, PS_BOOL, PS_FLOAT64, PS_INT64, PS_NULL_VALUE, PS_OUTSIDE_MAX_AGE, PS_PRESENT, PS_STR_LENGTH,
+    PS_AGED, PS_BOOL, PS_FLOAT64, PS_INT64, PS_INVALID, PS_NULL_VALUE, PS_OUTSIDE_MAX_AGE, PS_PRESENT, PS_STR_LENGTH,
     PS_STR, PS_STR_OFFSET, PS_STRING, PS_WIDE,
 )
 from penstock._ext.events cimport EventReader, ps_arena_append
@@ -341,9 +341,12 @@ cdef class Core:
         cdef Source source
         self.sequence = sequence
         self.last_now = max(self.last_now, ingest_time)
+        cdef int i
         for source, watermark in zip(self.sources, watermarks):
             if watermark is not None and watermark > source.c.watermark:
                 source.c.watermark = watermark
+                for i in range(source.c.n_uses):     # also of a store that starts empty
+                    source.c.uses[i].api.sweep(source.c.uses[i].store, watermark, 0)
 
     def reset_counters(self):
         """Counts since start begin now: recovery counts no outcomes."""
@@ -564,6 +567,7 @@ cdef class Core:
             verdict.model = -1
             verdict.failed = -1
             verdict.has_score = 0
+            verdict.degraded = 0
             verdict.score = NAN
             verdict.action = pipe.default_action
         if ingest == 2:
@@ -601,8 +605,10 @@ cdef class Core:
             used += use.n_columns
             handles[i] = use.api.find(use.store, &keys.key[use.key], keys.hash[use.key])
 
-        if pipe != NULL and self.read_views(pipe, keys, handles, events, False, False, at, slots, status, arena) != 0:
-            return OUT_OF_MEMORY
+        if pipe != NULL:
+            verdict.degraded = verdict.outcome == OUTCOME_LATE or verdict.outcome == OUTCOME_QUARANTINED
+            if self.read_views(pipe, keys, handles, events, False, False, at, slots, status, arena, verdict) != 0:
+                return OUT_OF_MEMORY
 
         if arena.data != base:
             # The views read so far have appended strings: the keys' texts have moved with the arena.
@@ -652,7 +658,8 @@ cdef class Core:
         if pipe == NULL:
             return 0
         # An event whose id was seen before is in the state already, or was late.
-        if self.read_views(pipe, keys, handles, events, apply or verdict.outcome == OUTCOME_DUPLICATE, True, at, slots, status, arena) != 0:
+        if self.read_views(pipe, keys, handles, events, apply or verdict.outcome == OUTCOME_DUPLICATE, True, at, slots, status, arena,
+                           verdict) != 0:
             return UNSCORED
 
         for i in range(pipe.n_functions):
@@ -678,7 +685,8 @@ cdef class Core:
         return 0
 
     cdef int read_views(self, PipeC *pipe, RowKeys *keys, ps_handle *handles, const ps_event *events, int applied,
-                        int with_event, int64_t as_of, ps_slot *slots, uint8_t *status, ps_arena *arena) noexcept nogil:
+                        int with_event, int64_t as_of, ps_slot *slots, uint8_t *status, ps_arena *arena,
+                        Verdict *verdict) noexcept nogil:
         cdef int i, j, slot
         cdef Read *read
         cdef ps_handle handle
@@ -712,9 +720,11 @@ cdef class Core:
             if read.api.read(read.store, handle, read.group, as_of, extra, slots + read.first, status + read.first,
                              arena) != 0:
                 return OUT_OF_MEMORY
+            if memchr(status + read.first, PS_INVALID, read.n_outputs) != NULL:
+                verdict.degraded = 1
             for j in range(read.n_defaults):
                 slot = read.defaults[j].slot
-                if status[slot] & 7 != PS_PRESENT:
+                if status[slot] & 7 != PS_PRESENT and status[slot] & 7 != PS_INVALID:
                     slots[slot] = read.defaults[j].value
                     status[slot] = PS_PRESENT | (PS_AGED if status[slot] & 7 == PS_OUTSIDE_MAX_AGE else 0)
         return 0
@@ -787,6 +797,8 @@ cdef class Core:
             score = NAN
             if verdict.failed < 0:
                 verdict.failed = <int16_t>(pipe.n_functions + m)
+        elif isnan(score) and verdict.failed < 0:
+            verdict.failed = no_score(pipe, run, m, status)
         slots[run.slot].f = score
         status[run.slot] = PS_NULL_VALUE if isnan(score) else PS_PRESENT
         if run.decides:
@@ -801,8 +813,16 @@ cdef class Core:
         if pipe.score >= 0:
             slots[pipe.score].f = verdict.score
             status[pipe.score] = PS_PRESENT if verdict.has_score else PS_NULL_VALUE
+        if pipe.degraded >= 0:
+            slots[pipe.degraded].i = verdict.degraded
+            status[pipe.degraded] = PS_PRESENT
         if verdict.failed >= 0:
             verdict.action = pipe.fallback if pipe.fallback >= 0 else pipe.default_action
+            verdict.has_score = 0
+            pipe.failed_count += verdict.counted
+        elif verdict.degraded and pipe.degraded_action >= 0:
+            verdict.action = pipe.degraded_action
+            verdict.failed = pipe.degraded_failure
             verdict.has_score = 0
         else:
             for i in range(pipe.n_rules):
@@ -813,6 +833,7 @@ cdef class Core:
                         decided = True
         if not verdict.counted:
             return
+        pipe.degraded_count += verdict.degraded
         for i in range(pipe.n_models):
             if (pipe.models[i].guard_experiment < 0
                     or verdict.arms[pipe.models[i].guard_experiment] == pipe.models[i].guard_arm):
@@ -842,7 +863,7 @@ cdef class Core:
         cdef Verdict *verdict = &rows.verdicts[row]
         self.ids.next(now, id)
         decision = Decision.new(pipe.texts, id, verdict)
-        if self.log_ptr != NULL and (verdict.failed < 0 or pipe.c.fallback >= 0):
+        if self.log_ptr != NULL and not undecided(&pipe.c, verdict):
             self.append_score(&pipe.c, rows.slots + row * rows.width, rows.status + row * rows.width, &rows.arena,
                               &rows.keys[row], verdict, id, rows.slots[row * rows.width + pipe.source.c.time].i)
         if explain:
@@ -923,7 +944,7 @@ cdef class Core:
         self.decide(&pipe.c, rows.slots + row * rows.width, rows.status + row * rows.width, &rows.arena, verdict)
         self.sweep(&source.c)
         decision = self.finish(pipe, rows, row, start.now, explain)
-        failed = verdict.failed >= 0 and pipe.c.fallback < 0
+        failed = undecided(&pipe.c, verdict)
         if id is not None and ingest:
             home = source.home_of(id)
             if home is None:
@@ -1263,7 +1284,7 @@ cdef class Core:
                     raise EngineError("out of memory while reading")
                 values = [slot_value(slots[i], status[i], types[i], arena.data) for i in range(n)]
                 for i in range(n):
-                    if values[i] is None and defaults[i] is not None:
+                    if values[i] is None and defaults[i] is not None and status[i] & 7 != PS_INVALID:
                         values[i] = defaults[i]
                         if status[i] & 7 != PS_OUTSIDE_MAX_AGE:
                             status[i] = PS_PRESENT
@@ -1299,7 +1320,8 @@ cdef class Core:
         return found
 
     def counters(self):
-        """Counts since start: {"outcomes": {event: {outcome: n}}, "actions": ..., "arms": ..., "models": ...}."""
+        """Counts since start: {"outcomes": {event: {outcome: n}}, "actions": ..., "arms": ..., "models": ...,
+        "degraded": {pipeline: n}, "failed": {pipeline: n}}; failed: a function or model failed or gave no score."""
         cdef Source source
         cdef Pipe pipe
         cdef int i, j
@@ -1318,7 +1340,9 @@ cdef class Core:
                 | {"": pipe.c.arm_counts[j * (MAX_ARMS + 1) + MAX_ARMS]}
                 for j, name in enumerate(pipe.texts.experiments)
             }
-        return {"outcomes": outcomes, "actions": actions, "arms": arms, "models": models}
+        return {"outcomes": outcomes, "actions": actions, "arms": arms, "models": models,
+                "degraded": {pipe.name: pipe.c.degraded_count for pipe in self.pipes},
+                "failed": {pipe.name: pipe.c.failed_count for pipe in self.pipes}}
 
     def swap_models(self, list changes, list prelude=None):
         """Run other models from the next event on. changes: (pipeline, what Pipe.swap_models takes). prelude: the log's
@@ -1336,6 +1360,19 @@ cdef class Core:
         finally:
             self.leave()
         return old
+
+
+cdef int16_t no_score(PipeC *pipe, const ModelRun *run, int m, const uint8_t *status) noexcept nogil:
+    """The number of the text that says which null input left a model without a score: a failed model (S17)."""
+    cdef int j
+    cdef int which = pipe.n_slots
+    cdef int number
+    for j in range(run.n_inputs):
+        if status[run.inputs[j]] & 7 != PS_PRESENT:
+            which = run.inputs[j]
+            break
+    number = pipe.degraded_failure + 1 + m * (pipe.n_slots + 1) + which
+    return <int16_t>(number if number < 32768 else pipe.n_functions + m)
 
 
 cdef int call_native(Function *function, ps_slot *slots, uint8_t *status) noexcept nogil:

@@ -24,6 +24,7 @@ ctypedef struct Verdict:
     int8_t arms[MAX_EXPERIMENTS]
     uint8_t has_score
     uint8_t counted           # in actions, arms and models since start
+    uint8_t degraded          # a view's value is INVALID, or the event was late or quarantined (S17)
     uint8_t outcome
 
 

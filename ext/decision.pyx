@@ -48,8 +48,12 @@ _make_powers()
 OUTCOMES = ("off", "applied", "duplicate", "late", "quarantined")
 STATUSES = ("INVALID", "PRESENT", "NULL_VALUE", "NOT_FOUND", "OUTSIDE_MAX_AGE")
 cdef tuple _OUTCOMES = OUTCOMES
-cdef tuple _JSON_OUTCOMES = tuple(f',"outcome":"{o}"}}'.encode() for o in OUTCOMES)
-cdef tuple _PACK_OUTCOMES = tuple(b"\xa7outcome" + msgspec.msgpack.encode(o) for o in OUTCOMES)
+# By outcome, then the same of degraded decisions.
+cdef tuple _JSON_OUTCOMES = tuple(
+    f',"outcome":"{o}"{degraded}}}'.encode() for degraded in ("", ',"degraded":true') for o in OUTCOMES)
+cdef tuple _PACK_OUTCOMES = tuple(
+    b"\xa7outcome" + msgspec.msgpack.encode(o) + degraded for degraded in (b"", b"\xa8degraded\xc3") for o in OUTCOMES)
+cdef int N_WORDS = len(OUTCOMES)
 cdef const char *BASE32 = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
@@ -105,7 +109,7 @@ cdef class IdSource:
 def _room(actions, reasons, failures, models, arms):
     """Bytes that a decision of these words takes at the most."""
     longest = [max((len(word) for word in words), default=0) for words in (actions, failures, models, *arms)]
-    return 160 + PS_SHORTEST_ROOM + sum(longest) + sum(len(r) for r in reasons) + len(reasons) + len(arms)
+    return 180 + PS_SHORTEST_ROOM + sum(longest) + sum(len(r) for r in reasons) + len(reasons) + len(arms)
 
 
 cdef class DecisionTexts:
@@ -171,6 +175,7 @@ cdef class Decision:
     id: 26 characters, unique over nodes and sortable by time; labels, outcomes and exposures join on it.
     score: the deciding model's score as float64, or None where no model decides or the score is null.
     outcome: applied, duplicate, late, quarantined or off (S14, S16).
+    degraded: whether a feature of a view could not be known, or the event was late or quarantined (S17).
     features: name -> value, where scoring was asked to explain; statuses: name -> S17 status.
     """
 
@@ -227,6 +232,11 @@ cdef class Decision:
     @property
     def outcome(self):
         return _OUTCOMES[self.verdict.outcome]
+
+    @property
+    def degraded(self):
+        """Whether a view's value could not be known (INVALID), or the event was late or quarantined (S17)."""
+        return self.verdict.degraded != 0
 
     @property
     def features(self):
@@ -287,7 +297,7 @@ cdef class Decision:
             words = <tuple>t.json_arms[i]
             p = copied(p, <bytes>words[self.verdict.arms[i] if self.verdict.arms[i] >= 0 else len(words) - 1])
         p[0] = b"}"
-        p = copied(p + 1, <bytes>_JSON_OUTCOMES[self.verdict.outcome])
+        p = copied(p + 1, <bytes>_JSON_OUTCOMES[self.verdict.outcome + N_WORDS * self.verdict.degraded])
         return p - out
 
     cdef Py_ssize_t write_msgpack(self, char *out) noexcept:
@@ -298,6 +308,7 @@ cdef class Decision:
         cdef uint64_t fired = self.verdict.fired
         cdef tuple words
         memcpy(p, b"\x88\xa2id\xba", 5)
+        p[0] = <char>(0x88 + self.verdict.degraded)
         memcpy(p + 5, self._id, 26)
         p = copied(p + 31, <bytes>t.pack_actions[self.verdict.action])
         p += pack_number(p, self.verdict.score, self.verdict.has_score)
@@ -327,7 +338,7 @@ cdef class Decision:
         for i in range(len(t.pack_arms)):
             words = <tuple>t.pack_arms[i]
             p = copied(p, <bytes>words[self.verdict.arms[i] if self.verdict.arms[i] >= 0 else len(words) - 1])
-        p = copied(p, <bytes>_PACK_OUTCOMES[self.verdict.outcome])
+        p = copied(p, <bytes>_PACK_OUTCOMES[self.verdict.outcome + N_WORDS * self.verdict.degraded])
         return p - out
 
     cpdef bytes json(self, bint explain=False):
@@ -352,7 +363,7 @@ cdef class Decision:
             PyMem_Free(out)
         if not explain or self.row is None:
             return text
-        outcome = <bytes>(_PACK_OUTCOMES if packed else _JSON_OUTCOMES)[self.verdict.outcome]
+        outcome = <bytes>(_PACK_OUTCOMES if packed else _JSON_OUTCOMES)[self.verdict.outcome + N_WORDS * self.verdict.degraded]
         text = text[:len(text) - len(outcome)]
         features = {n: v.isoformat() if type(v) is Timestamp else v for n, v in self.features.items()}
         if not packed:
@@ -361,10 +372,12 @@ cdef class Decision:
         encode = msgspec.msgpack.encode
         # JSON knows no infinities: there they are null, as here.
         features = {n: None if type(v) is float and not isfinite(v) else v for n, v in features.items()}
-        return b"".join((b"\x8a", text[1:], b"\xa8features", encode(features), b"\xa8statuses", encode(self.statuses), outcome))
+        return b"".join((b"\x8b" if self.verdict.degraded else b"\x8a", text[1:], b"\xa8features", encode(features), b"\xa8statuses", encode(self.statuses), outcome))
 
     def __repr__(self):
         shown = {k: getattr(self, k) for k in ("id", "action", "score", "reasons", "model", "model_version", "arms", "outcome")}
+        if self.verdict.degraded:
+            shown["degraded"] = True
         return "Decision(" + ", ".join(f"{k}={v!r}" for k, v in shown.items()) + ")"
 
     def as_dict(self):

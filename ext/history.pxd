@@ -83,7 +83,7 @@ cdef class HistoryRun(BatchRun):
     cdef int find(self, int64_t sequence, int *block, int *row) noexcept nogil
     cdef int remember_ids(self, Rows rows, int n) except -1
     cdef int settle(self, const ps_record *r, ScoreMapping mapping) except -1
-    cdef int restore_decision(self, Pipe pipe, Rows rows, int row, int table, const ps_score *score,
+    cdef int restore_decision(self, Pipe pipe, Rows rows, int row, int table, const ps_record *r,
                               ScoreMapping mapping) except -1
     cdef int compare(self, const ps_record *r, const ps_score *score, ScoreMapping mapping, Rows rows, int row,
                      int block) except -1

@@ -8,13 +8,15 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.math cimport NAN
 from libc.stdint cimport int8_t, int16_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t, uintptr_t
 from libc.stdlib cimport free
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memchr, memcmp, memcpy
 
 from penstock.errors import EngineError, LogError
 
 from penstock._ext.batch cimport BatchRun
 from penstock._ext.core cimport Core
-from penstock._ext.decision cimport Decision, OUTCOME_DUPLICATE, Verdict, slot_value
+from penstock._ext.decision cimport (
+    Decision, OUTCOME_DUPLICATE, OUTCOME_LATE, OUTCOME_QUARANTINED, Verdict, slot_value,
+)
 from penstock._ext.event_record cimport (
     PS_ERASED, PS_RECORD_EVENT, PS_RECORD_HEAD, PS_RECORD_MISFIT, PS_RECORD_SCORE, ps_record, ps_record_read,
     ps_record_slots, ps_record_status, ps_record_strings, ps_record_versions, ps_score,
@@ -23,7 +25,7 @@ from penstock._ext.events cimport ps_arena_append
 from penstock._ext.log cimport RecordSchemas
 from penstock._ext.windows cimport ps_arena
 from penstock._ext.row cimport (
-    PS_AGED, PS_NULL_VALUE, PS_PRESENT, PS_STR, PS_STR_LENGTH, PS_STR_OFFSET, PS_STRING, PS_WIDE, ps_slot,
+    PS_AGED, PS_INVALID, PS_NULL_VALUE, PS_PRESENT, PS_STR, PS_STR_LENGTH, PS_STR_OFFSET, PS_STRING, PS_WIDE, ps_slot,
 )
 from penstock._ext.steps cimport BLOCK, PipeC, Pipe, RowKeys, Rows, Source, SourceC, checked
 
@@ -422,7 +424,7 @@ cdef class HistoryRun(BatchRun):
             return 0
         rows = <Rows>self.blocks[block]
         if self.restore_ids and mapping.pipe >= 0 and mapping.same_words:
-            self.restore_decision(<Pipe>self.core.pipes[mapping.pipe], rows, row, self.block_table[block][row], score,
+            self.restore_decision(<Pipe>self.core.pipes[mapping.pipe], rows, row, self.block_table[block][row], r,
                                   mapping)
         if self.want != 2 or mapping.pipe != self.pipe.index:
             return 0
@@ -439,8 +441,9 @@ cdef class HistoryRun(BatchRun):
             self.written += 1
         return 0
 
-    cdef int restore_decision(self, Pipe pipe, Rows rows, int row, int table, const ps_score *score,
+    cdef int restore_decision(self, Pipe pipe, Rows rows, int row, int table, const ps_record *r,
                               ScoreMapping mapping) except -1:
+        cdef const ps_score *score = <const ps_score *>(r + 1)
         cdef Source source = <Source>self.tables[table]
         cdef Verdict verdict
         cdef dict home
@@ -464,6 +467,9 @@ cdef class HistoryRun(BatchRun):
         verdict.has_score = score.has_score
         verdict.counted = 0
         verdict.outcome = score.outcome
+        # Not in the record: what was logged says it, but for values that no feature shows.
+        verdict.degraded = (score.outcome == OUTCOME_LATE or score.outcome == OUTCOME_QUARANTINED
+                            or memchr(ps_record_status(r), PS_INVALID, r.n_fields) != NULL)
         home[id] = Decision.new(pipe.texts, score.id, &verdict)
         return 0
 

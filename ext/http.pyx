@@ -302,6 +302,14 @@ cdef class Connection(WireConnection):
         return self.hang_up(503, "too_many_connections",
                             f"connections: {self.server.max_connections} are open already; retry later")
 
+    cdef bytes not_kept(self):
+        cdef HttpServer server = self.server
+        server.errors["log_refused"] = server.errors.get("log_refused", 0) + 1
+        message = server.event_log.taking or "the event log was closed before the event was on disk"
+        payload = encode({"error": {"code": "log_refused", "message": f"{message} (the event may be lost)", "path": None}})
+        return (STATUS_LINES[503] + JSON + b"\r\nContent-Length: %d" % len(payload) + server.date[:server.date_n]
+                + b"\r\nRetry-After: 1\r\n" + (b"Connection: close\r\n" if self.closing else b"") + b"\r\n" + payload)
+
     cdef int gone(self) except -1:
         self.parser = None
         self.body = None
@@ -917,11 +925,14 @@ cdef class Connection(WireConnection):
         observe(head.route if head.route is not None else self.server.unmatched,
                 0 if status == 200 else STATUS_INDEX.get(status, len(STATUSES) - 1), now - self.started)
         self.started = now
+        self.server.answers += 1
         if self.state == IN_HEAD:
             self.since = now
         return 0
 
     cdef int respond(self, Head head, int status, bytes kind, bytes payload, bytes extra) except -1:
+        if status == 200 and head.route.native <= EVENTS and head.ingest:
+            self.server.appended = True
         self.start_line(head, status, kind)
         self.end_head(head, PyBytes_GET_SIZE(payload), extra)
         if not head.head_only:

@@ -13,6 +13,8 @@ cdef extern from "event_log.h" nogil:
     enum:
         PS_LOG_FORMAT
         PS_SEGMENT_HEAD
+        PS_LOG_OK
+        PS_LOG_GONE
 
     uint64_t PS_LOG_MAGIC
 
@@ -46,8 +48,13 @@ cdef extern from "event_log.h" nogil:
         uint64_t longest_sync_us
         uint64_t clock_steps
         int64_t last_step_us
+        int state
         int error
         int spare_error
+        int64_t unsynced_us
+        int64_t longest_unsynced_us
+        uint64_t late_syncs
+        int64_t last_late_us
 
     ctypedef struct ps_log_api:
         ps_record *(*reserve)(ps_log *, uint32_t, uint32_t) noexcept nogil
@@ -55,12 +62,15 @@ cdef extern from "event_log.h" nogil:
         uint64_t (*position)(const ps_log *) noexcept nogil
 
     const ps_log_api *ps_log_get_api()
-    ps_log *ps_log_open(const char *, uint64_t, uint64_t, int64_t, uint64_t, int64_t, int64_t, const char *const *,
-                        const uint32_t *, int, int64_t *const *, int, int *)
+    ps_log *ps_log_open(const char *, const char *const *, int, uint64_t, uint64_t, int64_t, uint64_t, int64_t, int64_t,
+                        const char *const *, const uint32_t *, int, int64_t *const *, int, int *)
     void ps_log_stop(ps_log *)
     int ps_log_free(ps_log *)
     void ps_log_abandon(ps_log *)
+    int ps_log_state(const ps_log *)
+    void ps_log_look(ps_log *)
     int ps_log_error(const ps_log *)
+    int ps_log_refused(const ps_log *)
     int ps_log_wait(ps_log *, uint64_t)
     int ps_log_begin(ps_log *)
     int ps_log_set_prelude(ps_log *, const char *const *prelude, const uint32_t *prelude_bytes, int n_prelude)
@@ -87,6 +97,7 @@ cdef class EventLog:
         list sources
 
     cdef int check_owner(self) except -1
+    cdef str why(self, int error)
 
 
 cdef class RecordSchemas:

@@ -6,6 +6,7 @@ from .steps import Source
 
 FORMAT: int
 HEAD: int
+STATES: tuple[str, ...]
 
 class LogStats(NamedTuple):
     position: int
@@ -18,8 +19,13 @@ class LogStats(NamedTuple):
     longest_sync_us: int
     clock_steps: int
     last_step_us: int
+    state: str
     error: int
     spare_error: int
+    unsynced_us: int
+    longest_unsynced_us: int
+    late_syncs: int
+    last_late_us: int
 
 class SegmentHead(NamedTuple):
     format: int
@@ -85,6 +91,7 @@ class EventLog:
         max_age_us: int,
         prelude: list[bytes],
         sources: list[Source],
+        watched: list[str],
     ) -> None: ...
     def close(self) -> None: ...
     @property
@@ -97,6 +104,10 @@ class EventLog:
     def has_spare(self) -> bool: ...
     def roll(self) -> None: ...
     def wait(self, position: int | None = None) -> None: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def taking(self) -> str | None: ...
     def error_text(self) -> str: ...
     def stats(self) -> LogStats: ...
 

@@ -24,9 +24,12 @@ FORMAT = PS_LOG_FORMAT
 HEAD = PS_SEGMENT_HEAD
 KINDS = {PS_RECORD_SCHEMA: "schema", PS_RECORD_MARK: "mark", PS_RECORD_EVENT: "event", PS_RECORD_SCORE: "score"}
 
+#: What a log is, in one word: every answer, /health/ready, /metrics and what is said on stderr go by it (event_log.h).
+STATES = ("ok", "slow", "refusing", "gone")
 LogStats = namedtuple(
     "LogStats",
-    "position synced segments number syncs rolls waits longest_sync_us clock_steps last_step_us error spare_error",
+    "position synced segments number syncs rolls waits longest_sync_us clock_steps last_step_us state error spare_error "
+    "unsynced_us longest_unsynced_us late_syncs last_late_us",
 )
 SegmentHead = namedtuple("SegmentHead", "format log_id number first_sequence created capacity whole")
 SegmentMark = namedtuple("SegmentMark", "synced end last_sequence")
@@ -53,15 +56,18 @@ cdef class EventLog:
 
     sync_us: 0 = every answer waits for its sync, -1 = never, else microseconds between syncs. max_age_us: a segment
     that has held an event for so long is sealed although it is not full (0: never). prelude: JSON of the schemas.
-    Raises LogError with the system's reason.
+    watched: paths that must go on naming what they name now, else the log is gone. Raises LogError with the system's
+    reason; not for a full disk: then appends are refused until there is room.
     """
 
     def __cinit__(self, str folder, int64_t log_id, uint64_t number, int64_t next_sequence, uint64_t segment_bytes,
-                  int64_t sync_us, int64_t max_age_us, list prelude, list sources):
+                  int64_t sync_us, int64_t max_age_us, list prelude, list sources, list watched):
         cdef int error = 0
         cdef int i
         cdef int n = len(prelude)
         cdef bytes path = os.fsencode(folder)
+        cdef list paths = [os.fsencode(os.path.abspath(p)) for p in watched]
+        cdef const char **places = <const char **>calloc(len(paths) + 1, sizeof(char *))
         cdef Source source
         self.api = ps_log_get_api()
         self.log_id = log_id
@@ -74,17 +80,20 @@ cdef class EventLog:
         cdef uint32_t *sizes = NULL
         cdef int64_t **marks = <int64_t **>calloc(len(sources) + 1, sizeof(void *))
         try:
-            if marks == NULL:
+            if marks == NULL or places == NULL:
                 raise MemoryError()
+            for i in range(<int>len(paths)):
+                places[i] = PyBytes_AS_STRING(<bytes>paths[i])
             bodies_of(prelude, &texts, &sizes)
             for i, source in enumerate(sources):
                 marks[i] = &source.c.watermark
-            self.ptr = ps_log_open(PyBytes_AS_STRING(path), <uint64_t>log_id, number, next_sequence, segment_bytes, sync_us,
-                                   max_age_us, texts, sizes, n, marks, len(sources), &error)
+            self.ptr = ps_log_open(PyBytes_AS_STRING(path), places, <int>len(paths), <uint64_t>log_id, number, next_sequence,
+                                   segment_bytes, sync_us, max_age_us, texts, sizes, n, marks, len(sources), &error)
         finally:
             free(texts)
             free(sizes)
             free(marks)
+            free(places)
         if self.ptr == NULL:
             why = os.strerror(error)
             if error == EMSGSIZE:
@@ -189,26 +198,48 @@ cdef class EventLog:
                 error = ps_log_wait(log, until)
             self.users -= 1
         if error:
-            raise LogError(f"{self.folder}: syncing the event log: {os.strerror(error)}")
+            raise LogError(f"{self.folder}: not synced: {self.why(error)}")
 
-    def error_text(self):
-        """Why an append is refused now."""
-        cdef int error = ps_log_error(self.ptr) if self.ptr != NULL else 0
+    @property
+    def state(self):
+        """One of STATES as of now; "refusing" once it is closed."""
+        if self.ptr != NULL:
+            ps_log_look(self.ptr)
+        return STATES[ps_log_state(self.ptr)] if self.ptr != NULL else "refusing"
+
+    @property
+    def taking(self):
+        """None, or why no event is taken now, in words."""
         if self.ptr == NULL:
             return f"{self.folder}: the event log is closed"
+        ps_log_look(self.ptr)
+        cdef int error = ps_log_error(self.ptr)
+        return f"{self.folder}: the event log takes no events: {self.why(error)}" if error else None
+
+    cdef str why(self, int error):
+        if self.ptr != NULL and ps_log_state(self.ptr) == PS_LOG_GONE:
+            return "the log folder was removed or replaced while it is written; put it back, or start anew"
+        return os.strerror(error) if error else "unknown reason"
+
+    def error_text(self):
+        """Why the last append was refused."""
+        cdef int error = ps_log_refused(self.ptr) if self.ptr != NULL else 0
         if error == EMSGSIZE:
             most = min(<uint64_t>PS_RECORD_MOST, self.segment_bytes)
             return f"{self.folder}: the event is too large for a segment of the event log (of at most {most} bytes)"
-        return f"{self.folder}: the event log takes no more events: {os.strerror(error) if error else 'unknown reason'}"
+        return self.taking or f"{self.folder}: the event log takes no events: {self.why(error)}"
 
     def stats(self):
+        """LogStats: counts since it was opened, and how it stands."""
         cdef ps_log_stats s
         if self.ptr == NULL:
-            return LogStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, self.failed, 0)
+            return LogStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, "refusing", self.failed, 0, 0, 0, 0, 0)
         self.check_owner()
+        ps_log_look(self.ptr)
         ps_log_get_stats(self.ptr, &s)
         return LogStats(s.position, s.synced, s.segments, s.number, s.syncs, s.rolls, s.waits, s.longest_sync_us,
-                        s.clock_steps, s.last_step_us, s.error, s.spare_error)
+                        s.clock_steps, s.last_step_us, STATES[s.state], s.error, s.spare_error, s.unsynced_us,
+                        s.longest_unsynced_us, s.late_syncs, s.last_late_us)
 
 
 def segment_head(const uint8_t[::1] data):

@@ -333,6 +333,10 @@ cdef class Decisions(Part):
             head("penstock_events_total", "counter", "Events, by what became of them."),
             head("penstock_late_dropped_total", "counter",
                  "Events not applied because they came later than the lateness allows."),
+            head("penstock_degraded_decisions_total", "counter",
+                 "Decisions on features that could not all be known, or on an event that was late or quarantined."),
+            head("penstock_failed_decisions_total", "counter",
+                 "Decisions whose function or model failed, or gave no score."),
         ]
 
     cdef tuple made(self, Pipe pipe):
@@ -351,6 +355,8 @@ cdef class Decisions(Part):
             ],
             [sample("penstock_model_decisions_total", labels(pipeline=name, model=f"{model}@{version}"))
              for model, version in words[3]],
+            sample("penstock_degraded_decisions_total", labels(pipeline=name)),
+            sample("penstock_failed_decisions_total", labels(pipeline=name)),
         )
         self.before[pipe] = found
         return found
@@ -392,6 +398,12 @@ cdef class Decisions(Part):
         for source in sources:
             before = <list>self.before[source]
             text.line(<bytes>before[len(before) - 1], source.c.outcomes[late])
+        text.put(<bytes>self.heads[5])
+        for pipe in pipes:
+            text.line(<bytes>self.made(pipe)[7], pipe.c.degraded_count)
+        text.put(<bytes>self.heads[6])
+        for pipe in pipes:
+            text.line(<bytes>self.made(pipe)[8], pipe.c.failed_count)
         return 0
 
 

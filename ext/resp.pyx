@@ -549,6 +549,7 @@ cdef class RespServer(WireServer):
                 e += 1
             else:
                 self.decision(answers[a], is_pack(p[i], sizes[i]), options.explain)
+                self.appended |= options.ingest and isinstance(answers[a], Decision)
                 a += 1
             if connections is not None and (i + 1 == n or connections[i + 1] is not c):
                 self.queue(c)
@@ -570,6 +571,7 @@ cdef class RespServer(WireServer):
         self.head(b"*", n)
         for i in range(n):
             self.decision(answers[i], is_pack(base + payloads[i].at, payloads[i].n), options.explain)
+            self.appended |= options.ingest and isinstance(answers[i], Decision)
         return 0
 
     cdef int ingest(self, Subject subject, const char *base, const Slice *payloads, Py_ssize_t n) except -1:
@@ -592,6 +594,7 @@ cdef class RespServer(WireServer):
         return 0
 
     cdef int outcome(self, str outcome) except -1:
+        self.appended = True
         self.put(b"+", 1)
         self.put_bytes(outcome.encode())
         return self.put(b"\r\n", 2)
@@ -683,7 +686,7 @@ cdef class RespConnection(WireConnection):
             self.do_all(data)
         except BaseException:
             # What was gathered lies in `data`; nothing of this connection's is answered any more.
-            server.out_n = server.out_from
+            server.forget()
             self.closed = True
             server.flush()
             raise
@@ -1639,6 +1642,7 @@ cdef class RespWork(Work):
                 server.outcome(self.answers[at])
             else:
                 server.decision(self.answers[at], is_pack(base + self.slices[i].at, self.slices[i].n), self.options.explain)
+                server.appended |= self.options.ingest and isinstance(self.answers[at], Decision)
             at += 1
         return DONE
 

@@ -129,6 +129,11 @@ ctypedef struct PipeC:
     int score
     int16_t default_action
     int16_t fallback          # -1: a failure is an error
+    int16_t degraded_action   # -1: models and rules decide a degraded event as any other
+    int16_t degraded_failure  # its number among the failures' texts; behind it, per model, one for each null input
+    int degraded              # slot that rules ask, or -1
+    uint64_t degraded_count
+    uint64_t failed_count
     uint64_t *action_counts
     uint64_t *model_counts
     uint64_t *arm_counts      # MAX_EXPERIMENTS x (64 arms + 1)

@@ -188,6 +188,9 @@ cdef class Pipe:
         self.c.score = -1 if plan.score is None else plan.score
         self.c.default_action = texts.actions.index(plan.default_action)
         self.c.fallback = -1 if plan.fallback is None else texts.actions.index(plan.fallback)
+        self.c.degraded_action = -1 if plan.degraded_action is None else texts.actions.index(plan.degraded_action)
+        self.c.degraded_failure = plan.degraded_failure
+        self.c.degraded = -1 if plan.degraded is None else plan.degraded
         self.c.action_counts = <uint64_t *>checked(len(texts.actions), sizeof(uint64_t))
         self.c.model_counts = <uint64_t *>checked(len(texts.models), sizeof(uint64_t))
         self.c.arm_counts = <uint64_t *>checked(MAX_EXPERIMENTS * (MAX_ARMS + 1), sizeof(uint64_t))

@@ -8,6 +8,12 @@ from penstock._ext.flow cimport Flow
 cdef enum:
     OUT_SOFT = 65536           # answers of one read beyond this are written before the next is formed
 
+ctypedef struct Formed:
+    size_t end                 # where the answers of a connection end in `out`
+    int answers                # how many there are
+    bint appended              # one of them says that an event is in the log
+
+
 cdef class WireConnection
 
 
@@ -28,8 +34,10 @@ cdef class WireServer:
         size_t             out_cap
         size_t             out_from       # up to here the answers belong to `waiting`
         list               waiting        # connections whose answers are formed and not sent yet, in order
-        size_t            *ends           # where the answers of each of them end in `out`
-        Py_ssize_t         ends_cap
+        Formed            *formed         # of each of them
+        Py_ssize_t         formed_cap
+        int                answers        # formed behind out_from; protocols that do not count them leave it 0
+        bint               appended       # one of those says that an event is in the log
         object             call_soon
         bint               called         # send_waiting will run
 
@@ -39,6 +47,7 @@ cdef class WireServer:
     cdef char *room(self, size_t n) except NULL
     cdef int queue(self, WireConnection connection) except -1
     cdef int send_all(self) except -1
+    cdef void forget(self) noexcept
 
 
 cdef class WireConnection:
@@ -61,6 +70,7 @@ cdef class WireConnection:
         bint        half_closed
 
     cdef int consume(self, bytes data) except -1          # protocol: answer what is complete, keep what is not
+    cdef bytes not_kept(self)                             # protocol: in place of a single answer, whose event is not kept
     cdef int too_many(self) except -1                     # protocol: the answer to a connection beyond the limit
     cdef int ended(self) except -1                        # protocol: the peer will send nothing more
     cdef int gone(self) except -1                         # protocol: the connection is lost

@@ -13,7 +13,6 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memmove
 
 import asyncio
-import sys
 import traceback
 
 from penstock.errors import LogError
@@ -49,7 +48,7 @@ cdef class WireServer:
         self.waiting = []
 
     def __dealloc__(self):
-        free(self.ends)
+        free(self.formed)
         free(self.out)
 
     @property
@@ -104,23 +103,29 @@ cdef class WireServer:
     cdef int queue(self, WireConnection connection) except -1:
         """Leave the answers formed since the last call to the end of the round, or to when there are enough."""
         cdef Py_ssize_t n = len(self.waiting)
-        cdef size_t *grown
+        cdef Formed *grown
         if self.out_n == self.out_from:
             return 0
         if n and self.waiting[n - 1] is connection:
             n -= 1
         else:
-            if n == self.ends_cap:
-                grown = <size_t *>realloc(self.ends, (2 * n + 64) * sizeof(size_t))
+            if n == self.formed_cap:
+                grown = <Formed *>realloc(self.formed, (2 * n + 64) * sizeof(Formed))
                 if grown == NULL:
                     raise MemoryError()
-                self.ends = grown
-                self.ends_cap = 2 * n + 64
+                self.formed = grown
+                self.formed_cap = 2 * n + 64
+            self.formed[n].answers = 0
+            self.formed[n].appended = False
             if n == 0 and not self.called:
                 self.called = True
                 self.call_soon(self.send_waiting)
             self.waiting.append(connection)
-        self.ends[n] = self.out_n
+        self.formed[n].end = self.out_n
+        self.formed[n].answers += self.answers
+        self.formed[n].appended |= self.appended
+        self.answers = 0
+        self.appended = False
         self.out_from = self.out_n
         if n + 1 >= SEND_TOGETHER:
             self.send_all()
@@ -132,28 +137,31 @@ cdef class WireServer:
         cdef Py_ssize_t i
         cdef size_t start = 0
         cdef bint lost = False
+        cdef bytes instead
         if self.event_log is not None and len(waiting):
-            # One sync for all that arrived together. What cannot be kept is not acknowledged.
+            # One sync for all that arrived together. What cannot be kept is not acknowledged; the state of the log says why.
             try:
                 self.event_log.wait()
-            except LogError as error:
+            except LogError:
                 lost = True
-                print(f"penstock: {error}", file=sys.stderr, flush=True)
         for i in range(len(waiting)):
             c = <WireConnection>waiting[i]
-            if lost:
-                if c.transport is not None:
-                    c.transport.abort()
-                continue
             try:
-                c.send(self.out + start, self.ends[i] - start)
+                if lost and self.formed[i].appended:
+                    instead = c.not_kept() if self.formed[i].answers == 1 and c.transport is not None else None
+                    if instead is not None:
+                        c.send(PyBytes_AS_STRING(instead), PyBytes_GET_SIZE(instead))
+                    elif c.transport is not None:
+                        c.transport.abort()
+                else:
+                    c.send(self.out + start, self.formed[i].end - start)
             except Exception:
                 # Its own: the others' answers go out once, and only once.
                 traceback.print_exc()
                 c.closed = True
                 if c.transport is not None:
                     c.transport.abort()
-            start = self.ends[i]
+            start = self.formed[i].end
         waiting.clear()
         # What was formed since for a connection that is being read stays.
         if self.out_n > self.out_from:
@@ -165,6 +173,12 @@ cdef class WireServer:
             self.out = NULL
             self.out_cap = 0
         return 0
+
+    cdef void forget(self) noexcept:
+        """What was formed and belongs to nobody yet is nobody's."""
+        self.out_n = self.out_from
+        self.answers = 0
+        self.appended = False
 
     cdef char *room(self, size_t n) except NULL:
         """Where the next n bytes go; whoever writes them adds to out_n."""
@@ -259,7 +273,7 @@ cdef class WireConnection:
 
     cdef int fault(self) except -1:
         """A fault of ours: nothing of a half-formed answer may reach another connection."""
-        self.wire.out_n = self.wire.out_from
+        self.wire.forget()
         self.closed = True
         if self.transport is not None:
             self.transport.abort()
@@ -360,6 +374,9 @@ cdef class WireConnection:
 
     cdef int consume(self, bytes data) except -1:
         raise NotImplementedError
+
+    cdef bytes not_kept(self):
+        return None
 
     cdef int too_many(self) except -1:
         raise NotImplementedError

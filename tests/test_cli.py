@@ -74,6 +74,7 @@ Pipeline fraud on Pay: 5 features
   rule      burst       spend.count_1d > 30           review
   else                                                approve
   failure               a function or model fails     manual
+  degraded              features cannot be known      manual
   features: amount, night, spend.count_1d, spend.count_36h, spend.mean_amount_7d
 """
 

@@ -25,7 +25,7 @@ def test_an_app_without_pipelines_or_ids():
     assert found[0].startswith("app tiny: plan ")
     assert "  Ping   at    -   0         1500ms    who: string, at: timestamp" in found
     assert "  v     who (Ping.who)                 v.count_lifetime  int64  lifetime  (T-W, T]  -        -" in found
-    assert any(line.startswith("  Ping    who     -        for ever  ") for line in found)
+    assert any(line.startswith("  Ping    who     -        for ever: ") for line in found)
     assert not any("Pipeline" in line for line in found)
 
 

@@ -68,7 +68,7 @@ def _guarded(run: object) -> int:
 
 def _check(app: str, models: str | None) -> int:
     from .app import load_plan
-    from .describe import describe_plan
+    from .describe import describe_plan, warnings_of
 
     sys.path.insert(0, "")
     plan = load_plan(app)
@@ -79,6 +79,8 @@ def _check(app: str, models: str | None) -> int:
     else:
         _check_functions(plan)
     print(describe_plan(plan))
+    for warning in warnings_of(plan):
+        print(f"warning: {warning}", file=sys.stderr)
     return 0
 
 

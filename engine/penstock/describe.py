@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .definitions.durations import window_label
 from .plan import PipelinePlan, Plan
 
-__all__ = ["describe_plan", "text_table"]
+__all__ = ["describe_plan", "text_table", "warnings_of"]
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
@@ -68,7 +68,7 @@ def describe_plan(plan: Plan) -> str:
                         s.event,
                         s.entity,
                         ", ".join(plan.events[s.event].fields[c].name for c in s.columns) or "-",
-                        "for ever"
+                        f"for ever: {', '.join(_endless(plan, s.index))}"
                         if s.retention is None
                         else f"{_length(s.retention - s.lateness)} + {_length(s.lateness)}",
                         f"{s.fingerprint:016x}",
@@ -80,6 +80,36 @@ def describe_plan(plan: Plan) -> str:
     for pipeline in plan.pipelines.values():
         parts.append(_pipeline(pipeline))
     return "\n".join(parts)
+
+
+def _endless(plan: Plan, store: int) -> list[str]:
+    """The views for which a store keeps every entity there ever was."""
+    return [v.name for v in plan.views.values() if v.store == store and any(o.window is None for o in v.outputs)]
+
+
+def warnings_of(plan: Plan) -> list[str]:
+    """What is allowed and yet seldom meant, each as `place: what, and what would be right`."""
+    found = []
+    for pipeline in plan.pipelines.values():
+        place, own = f'pipeline "{pipeline.name}"', plan.events[pipeline.event]
+        if pipeline.on_degraded is None and pipeline.fallback is None:
+            found.append(
+                f"{place}: an event whose features cannot be known (late, or beyond what state holds) is scored as any "
+                'other; say on_degraded="score" if that is meant, or an action'
+            )
+        for event in dict.fromkeys(plan.views[read.view].event for read in pipeline.reads):
+            source = plan.events[event]
+            lateness, needed = source.options.lateness, max(source.options.max_skew, own.options.lateness)
+            if source is own or lateness >= needed:
+                continue
+            skew = source.options.max_skew >= own.options.lateness
+            what = "its max_skew" if skew else f"the lateness of {own.name}"
+            found.append(
+                f"{place}: it reads {event}, whose lateness ({_length(lateness)}) is below {what} ({_length(needed)}): "
+                f"when {event} runs ahead by more, "
+                f'features cannot be known (INVALID); say class {event}(Event, lateness="{_length(needed)}")'
+            )
+    return found
 
 
 def _pipeline(pipeline: PipelinePlan) -> str:
@@ -107,6 +137,8 @@ def _pipeline(pipeline: PipelinePlan) -> str:
     rows.append(["else", "", "", pipeline.default_action])
     if pipeline.fallback is not None:
         rows.append(["failure", "", "a function or model fails", pipeline.fallback])
+    if pipeline.degraded_action is not None:
+        rows.append(["degraded", "", "features cannot be known", pipeline.degraded_action])
     parts.append(text_table(["step", "what", "when", "result"], rows))
     parts.append("  features: " + ", ".join(slots[i].name for i in pipeline.features))
     return "\n".join(parts)

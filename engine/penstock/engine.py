@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import re
 import struct
+import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +115,9 @@ class Engine:
         self.recovery: RecoveryReport | None = None
         self._folder: LogFolder | None = None
         self._keeper: Any = None
+        self._keeper_said = ""
+        self._keeper_again, self._keeper_wait = 0.0, 0.5  # not before this time (monotonic); seconds
+        self._told: Any = None  # LogStats that check_log() saw last
         if log is not None:
             self._open_log(log, log_options, progress)
         elif log_options is not None:
@@ -121,7 +126,6 @@ class Engine:
     # the event log
 
     def _open_log(self, log: str | Path, options: LogOptions | None, progress: Done | None) -> None:
-        from .offline.keeper import start_keeper
         from .offline.log_folder import LogFolder
         from .offline.options import LogOptions
         from .offline.recovery import open_log
@@ -134,29 +138,64 @@ class Engine:
         folder = LogFolder(log, write=True)
         try:
             self.recovery = open_log(self, folder, options, progress)
-            self._keeper = start_keeper(folder, options) if options.keeper else None
         except BaseException:
             folder.close()
             raise
         self._folder = folder
         self._log_options = options
+        self._look_after_keeper()
 
     def check_log(self) -> list[str]:
-        """What an operator should know now: the keeper had ended and is started again, or the folder is gone.
+        """What an operator should know now and was not told before: the log's state is another, it was late, the clock
+        was set, the keeper had ended.
 
         The server asks twice a second; an embedded engine may ask when it likes.
         """
-        if self._folder is None:
+        if self._folder is None or self.core.log is None:
             return []
         found = []
-        if not self._folder.is_there():
-            found.append(f"{self._folder.path}: the log folder was removed or replaced; what is ingested now is lost")
-        elif self._keeper is not None and not self._keeper.alive:
-            from .offline.keeper import start_keeper
+        log, told = self.core.log, self._told
+        stats = self._told = log.stats()
+        if told is None or (stats.state, stats.error) != (told.state, told.error):
+            if stats.state == "slow":
+                age = max(stats.unsynced_us, stats.last_late_us) / 1e6
+                policy = self._log_options.sync
+                found.append(
+                    f"the event log is slow: it took {age:.1f} s to get to the disk, and the policy is {policy}"
+                )
+            elif stats.state != "ok":
+                found.append(log.taking or f"{log.folder}: the event log takes no events")
+            elif told is not None:
+                found.append("the event log is " + ("in time" if told.state == "slow" else "taking events") + " again")
+        if stats.clock_steps != (told.clock_steps if told is not None else 0):
+            found.append(f"the clock was set by {stats.last_step_us / 1e6:+.1f} s")
+        return found if stats.state == "gone" else found + self._look_after_keeper()
 
-            found.append("the keeper had ended; it is started again")
+    def _look_after_keeper(self) -> list[str]:
+        """Start it where it has ended; one that cannot live is not tried all the time."""
+        now = time.monotonic()
+        if self._folder is None or self._log_options is None or not self._log_options.keeper or self.keeper_alive:
+            return []
+        if now < self._keeper_again:
+            return []
+        from .offline.keeper import start_keeper
+        from .offline.recovery import put_layouts
+
+        ended = self._keeper is not None
+        try:
+            if not put_layouts(self._folder, self.plan):
+                return []  # the disk is full: the state of the log says so
             self._keeper = start_keeper(self._folder, self._log_options)
-        return found
+        except (OSError, subprocess.SubprocessError) as error:
+            text = f"no snapshots are taken until the keeper can be started: {error}"
+            said, self._keeper_said = self._keeper_said, text
+            return [] if said == text else [text]
+        self._keeper_said = ""
+        if not ended:
+            return ["the keeper is started"]
+        self._keeper_wait = 1.0 if now - self._keeper_again > 60 else min(60.0, 2 * self._keeper_wait)
+        self._keeper_again = now + self._keeper_wait
+        return ["the keeper had ended; it is started again"]
 
     @property
     def keeper_alive(self) -> bool:
@@ -220,9 +259,9 @@ class Engine:
         table: pyarrow, polars, pandas or a dict of columns, one column per field of the event. All or nothing on bad
         input: the whole table is checked first.
         Returns a pyarrow.Table with one row per input row: id, action, score, reasons, model, model_version, one
-        `arm.<experiment>` column each, outcome, and one `score.<model>` for each model that scores beside; with
-        `explain` the pipeline's features too. A repeated event's row holds the first decision (S16); its features are
-        read anew, where score() gives those of the first decision, if that was explained.
+        `arm.<experiment>` column each, outcome, degraded, and one `score.<model>` for each model that scores beside;
+        with `explain` the pipeline's features too. A repeated event's row holds the first decision (S16); its features
+        are read anew, where score() gives those of the first decision, if that was explained.
         """
         plan = self._named(pipeline) if pipeline is not None else self._only_pipeline()
         event = self.plan.events[plan.event]
@@ -419,7 +458,7 @@ class Engine:
     def _pipe(self, plan: PipelinePlan, sources: list[Source]) -> Pipe:
         event = self.plan.events[plan.event]
         actions = [plan.default_action]
-        for action in [*(step.rule.action for step in plan.rules), plan.fallback]:
+        for action in [*(step.rule.action for step in plan.rules), plan.fallback, plan.degraded_action]:
             if action is not None and action not in actions:
                 actions.append(action)
         problems: list[str] = []
@@ -438,6 +477,11 @@ class Engine:
                 models.append((name, version))
         failures = [f"function {f.name} failed" for f in plan.functions]
         failures += [f"model {step.model.ref} failed" for step in plan.models]
+        # Then why a decision is degraded, and per model which null input left it without a score; the last: none did.
+        failures.append("degraded: a feature cannot be known as of the event's time, or the event was not applied")
+        for step in plan.models:
+            what = f"model {step.model.ref} gave no score"
+            failures += [*(f"{what}: {slot.name} is null" for slot in plan.slots), what]
         texts = DecisionTexts(
             pipeline=plan.name,
             actions=actions,
@@ -636,6 +680,7 @@ class Engine:
                 "fired": np.empty(rows, dtype=np.uint64),
                 "arms": np.empty(rows * max(1, n_arms), dtype=np.int8),
                 "outcome": np.empty(rows, dtype=np.uint8),
+                "degraded": np.empty(rows, dtype=np.uint8),
             }
             verdicts = VerdictColumns(**arrays)
         texts = run_table(self.core, sets, order, columns.native, plan.index, ingest, verdicts, progress)
@@ -655,7 +700,7 @@ class Engine:
         # The first failure without a fallback is an error in score(); in a table its row has no action.
         action = arrays["action"].copy()
         if plan.fallback is None:
-            action[failed >= 0] = -1
+            action[(failed >= 0) & (failed != plan.degraded_failure)] = -1
         # Few rows give reasons, and few different lists of them: code 0 is the empty list.
         codes = np.zeros(rows, dtype=np.int32)
         kinds: list[list[str]] = [[]]
@@ -681,6 +726,7 @@ class Engine:
         for i, step in enumerate(plan.experiments):
             columns[f"arm.{step.experiment.name}"] = _words(arms[:, i], list(step.experiment.arms))
         columns["outcome"] = _words(arrays["outcome"], list(OUTCOMES))
+        columns["degraded"] = pa.array(arrays["degraded"].astype(bool))
         return columns
 
     # names
@@ -792,6 +838,7 @@ def _window_store(store: StorePlan, event: EventPlan, seed: bytes) -> WindowStor
         n_where=len(store.wheres),
         fingerprint=store.fingerprint,
         seed=seed,
+        retention=store.lifetime,
     )
 
 

@@ -98,14 +98,17 @@ class StorePlan(msgspec.Struct, kw_only=True):
     outputs: list[Output]
     groups: list[int]
     lateness: int
+    lifetime: int | None = None  # how long after its newest event an entity is kept for Lifetime; None: for ever
     fingerprint: int = 0
 
     @property
     def retention(self) -> int | None:
-        """Longest finite window plus lateness, in microseconds; None where something is kept for ever."""
-        if any(o.window is None and o.ttl is None for o in self.outputs):
+        """What is kept of an entity, plus lateness, in microseconds; None where it is kept for ever."""
+        if self.lifetime is not None:
+            return self.lifetime + self.lateness
+        if any(o.window is None for o in self.outputs):
             return None
-        return max(o.window if o.window is not None else (o.ttl or 0) for o in self.outputs) + self.lateness
+        return max(o.window or 0 for o in self.outputs) + self.lateness
 
 
 class ViewPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,10 +123,11 @@ class ViewPlan(msgspec.Struct, frozen=True, kw_only=True):
     key_type: str
     include_request_event: bool
     outputs: list[Output]
+    retention: int | None = None
 
 
 class Slot(msgspec.Struct, frozen=True):
-    """One place of a pipeline's row. `kind` is field, view, function, arm or score."""
+    """One place of a pipeline's row. `kind` is field, view, function, arm, score or flag."""
 
     index: int
     name: str
@@ -190,7 +194,21 @@ class PipelinePlan(msgspec.Struct, frozen=True, kw_only=True):
     score: int | None
     default_action: str
     fallback: str | None
+    on_degraded: str | None
+    degraded: int | None
     fingerprint: str
+
+    @property
+    def degraded_failure(self) -> int:
+        """The number of `degraded` among the reasons of failures: behind those of functions and models."""
+        return len(self.functions) + len(self.models)
+
+    @property
+    def degraded_action(self) -> str | None:
+        """The action of a degraded decision; None: models and rules decide as ever (S17)."""
+        if self.on_degraded in (None, "fallback"):
+            return self.fallback
+        return None if self.on_degraded == "score" else self.on_degraded
 
     @property
     def slot_types(self) -> dict[str, tuple[int, str]]:
@@ -249,7 +267,7 @@ class _Compiler:
         self.problems: list[str] = []
         self.events: dict[str, EventPlan] = {}
         self.stores: list[StorePlan] = []
-        self.store_of: dict[tuple[str, str, int], StorePlan] = {}
+        self.store_of: dict[tuple[str, str, int, int | None], StorePlan] = {}
         self.views: dict[str, ViewPlan] = {}
         self.entities: dict[str, Entity] = {}
         unique = list({id(v): v for v in values}.values())
@@ -409,7 +427,8 @@ class _Compiler:
                 self.problems.append(f'entity "{entity.name}": type is str or int, got {entity.type!r}')
                 return
             key_type = "string" if entity.type is str else "int64"
-        identity = (event.name, entity.name, key)
+        lifetime = self._retention(place, view)
+        identity = (event.name, entity.name, key, lifetime)
         store = self.store_of.get(identity)
         if store is None:
             store = StorePlan(
@@ -424,6 +443,7 @@ class _Compiler:
                 outputs=[],
                 groups=[],
                 lateness=event.options.lateness,
+                lifetime=lifetime,
             )
             self.store_of[identity] = store
             self.stores.append(store)
@@ -447,9 +467,33 @@ class _Compiler:
             key_type=key_type,
             include_request_event=view.include_request_event,
             outputs=outputs,
+            retention=lifetime,
         )
         store.outputs.extend(outputs)
         store.groups.append(len(outputs))
+
+    def _retention(self, place: str, view: FeatureView) -> int | None:
+        """How long Lifetime keeps an entity of the view, where it says so and has such windows."""
+        if view.retention is None:
+            return None
+        try:
+            retention = duration_us(view.retention)
+            lengths = [
+                duration_us(w) for a in view.aggregations for w in _windows(a) if not isinstance(w, LifetimeWindow)
+            ]
+        except ValueError as error:
+            self.problems.append(f"{place}: retention: {error}")
+            return None
+        if retention < max([1, *lengths]):
+            self.problems.append(
+                f"{place}: retention {view.retention!r} is shorter than its longest window; "
+                "an entity is kept at least as long as a window looks back"
+            )
+            return None
+        if all(not isinstance(w, LifetimeWindow) for a in view.aggregations for w in _windows(a)):
+            self.problems.append(f"{place}: retention is for Lifetime windows; the others keep their own length")
+            return None
+        return retention
 
     def _aggregation(
         self, place: str, view: FeatureView, aggregation: Aggregation, event: EventPlan, store: StorePlan
@@ -524,16 +568,17 @@ class _Compiler:
             return []
         outputs = []
         base = aggregation.name or (f"{function}_{column}" if column else function)
-        given: Any = aggregation.windows
-        windows: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+        windows = _windows(aggregation)
         for window in windows:
             try:
                 length = None if isinstance(window, LifetimeWindow) else duration_us(window)
             except ValueError as error:
                 self.problems.append(f"{place}: window: {error}")
                 continue
-            if length == 0:
-                self.problems.append(f"{place}: window: expected a length above 0, got {window!r}")
+            if length == 0 and aggregation.closed != "both":
+                self.problems.append(
+                    f'{place}: window: expected a length above 0, got {window!r}; the instant itself is closed="both"'
+                )
                 continue
             named_alone = aggregation.name is not None and len(windows) == 1
             outputs.append(
@@ -597,6 +642,7 @@ class _PipelineCompiler:
         features = self._features()
         experiments = self._experiments(event)
         models, score = self._models(experiments, event)
+        degraded = self._degraded()
         rules = self._rules()
         text = msgspec.json.encode(
             [
@@ -611,6 +657,7 @@ class _PipelineCompiler:
                 [(r.rule.name, r.rule.when, r.rule.action, r.rule.reason) for r in rules],
                 pipeline.default_action,
                 pipeline.fallback,
+                *([pipeline.on_degraded] if pipeline.on_degraded is not None else []),
             ]
         )
         return PipelinePlan(
@@ -627,6 +674,8 @@ class _PipelineCompiler:
             score=score,
             default_action=pipeline.default_action,
             fallback=pipeline.fallback,
+            on_degraded=pipeline.on_degraded,
+            degraded=degraded,
             fingerprint=_digest(text.decode()),
         )
 
@@ -812,6 +861,18 @@ class _PipelineCompiler:
         score = self.add("score", "float64", "score")
         return steps, score.index if score else None
 
+    def _degraded(self) -> int | None:
+        """The slot of `degraded`, where a rule asks for it and nothing else has that name."""
+        wanted = self.pipeline.on_degraded
+        if wanted is not None and not isinstance(wanted, str):
+            self.problem(f': on_degraded: expected "fallback", "score" or an action, got {wanted!r}')
+        elif wanted == "fallback" and self.pipeline.fallback is None:
+            self.problem(': on_degraded="fallback", but there is no fallback; say fallback="..."')
+        if "degraded" in self.by_name or not any(re.search(r"\bdegraded\b", r.when) for r in self.pipeline.rules):
+            return None
+        slot = self.add("degraded", "bool", "flag")
+        return slot.index if slot else None
+
     def _rules(self) -> list[RuleStep]:
         steps: list[RuleStep] = []
         if len(self.pipeline.rules) > MAX_RULES:
@@ -858,6 +919,11 @@ def _slot_type(annotation: Any, what: str) -> str:
         return _ANNOTATIONS[annotation]
     except (KeyError, TypeError):
         raise TypeError(f"{what} is annotated {annotation!r}; expected float, int, bool, str or Timestamp") from None
+
+
+def _windows(aggregation: Aggregation) -> list[Any]:
+    given: Any = aggregation.windows
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def _as_model(value: Any) -> Model:
@@ -907,6 +973,7 @@ def _store_fingerprint(store: StorePlan, event: EventPlan) -> int:
         [(o.function, o.column, o.where, o.window, o.closed, o.ttl) for o in store.outputs],
         store.groups,
         store.lateness,
+        *([store.lifetime] if store.lifetime is not None else []),
     ]
     return int.from_bytes(hashlib.blake2b(msgspec.json.encode(layout), digest_size=8).digest(), "little")
 

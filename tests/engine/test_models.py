@@ -213,9 +213,17 @@ def test_an_onnx_model_in_a_table_equals_its_rows(folder, tmp_path):
     table = many.score_batch(pa.Table.from_pylist(filled))
     assert [bits(s) for s in table["score"].to_pylist()] == [bits(s) for s in scores]
     assert len(set(scores)) > 250
-    # A null input is NaN, and so is the score: null, and no failure.
-    missing = one.score({**filled[0], "rate": None})
-    assert (missing.score, missing.action, missing.reasons) == (None, "approve", ())
+    # A null input is NaN, and so is the score: a failed model (S17), and the reason names the input.
+    with pytest.raises(ScoringError, match="model line@1 gave no score: rate is null"):
+        one.score({**filled[0], "rate": None})
+    assert one.stats()["failed"] == {"p": 1}
+    careful = Engine(app(**changes, fallback="manual"), models=tmp_path, clock="event")
+    missing = careful.score({**filled[0], "rate": None})
+    reasons = ("model line@1 gave no score: rate is null",)
+    assert (missing.score, missing.action, missing.reasons) == (None, "manual", reasons)
+    table = careful.score_batch(pa.Table.from_pylist([{**filled[1], "n": None}, filled[2]]))
+    assert table["action"].to_pylist() == ["manual", "approve"]
+    assert table["reasons"].to_pylist() == [["model line@1 gave no score: n is null"], []]
 
 
 def test_a_function_s_failure_leaves_the_model_s_score_out(folder):

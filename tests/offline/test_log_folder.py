@@ -97,6 +97,90 @@ def test_a_full_disk(small_disk):
 
 
 @as_root
+def test_a_start_on_a_full_disk_serves_reads(small_disk):
+    """What the log holds is there, events are refused until there is room; then nothing has to be started again."""
+    log, ballast = small_disk / "log", small_disk / "ballast"
+    with open_engine(log, segment_bytes=1 << 18) as engine:
+        for i in range(3):
+            engine.ingest(payment(f"e{i}", at=i), "Payment")
+    with ballast.open("wb") as stream, pytest.raises(OSError, match="No space"):
+        while True:
+            os.write(stream.fileno(), bytes(4096))
+    with open_engine(log, segment_bytes=1 << 18) as engine:
+        assert count(engine) == 3
+        assert engine.core.log.state == "refusing"
+        assert "No space left" in engine.check_log()[0]
+        assert engine.check_log() == []
+        with pytest.raises(LogError, match=r"No space left.*not ingested"):
+            engine.ingest(payment("e3", at=3), "Payment")
+        ballast.unlink()
+        until(lambda: engine.core.log.state == "ok")  # by itself: nobody would send events to who is not ready
+        assert engine.check_log() == ["the event log is taking events again"]
+        assert engine.ingest(payment("e3", at=3), "Payment") == "applied"
+    with open_engine(log, segment_bytes=1 << 18) as engine:
+        assert count(engine) == 4
+        assert engine.recovery.damages == []
+
+
+# A folder that is taken away
+
+
+def until(holds, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("what", ["folder", "segments", "segment", "lock", "moved", "replaced"])
+@pytest.mark.parametrize("sync", ["always", "10ms", "never"])
+def test_nothing_is_ingested_into_a_folder_that_is_gone(tmp_path, monkeypatch, what, sync):
+    monkeypatch.chdir(tmp_path)
+    log, aside = Path("log"), Path("aside")
+    with open_engine(log, sync=sync) as engine:
+        engine.ingest(payment("before"), "Payment")
+        monkeypatch.chdir("/")  # a relative path names what it named at the start
+        time.sleep(0.1)
+        assert engine.core.log.state == "ok"
+        monkeypatch.chdir(tmp_path)
+        if what in ("folder", "segments"):
+            shutil.rmtree(log if what == "folder" else log / "segments")
+        elif what == "segment":
+            segment_files(log)[-1].unlink()
+        elif what == "lock":
+            (log / "lock").unlink()
+        else:
+            log.rename(aside)
+            if what == "replaced":
+                shutil.copytree(aside, log)
+        until(lambda: engine.core.log.state == "gone", 2.0)
+        before = engine.core.next_sequence, count(engine)
+        refused = pytest.raises(LogError, match=r"removed or replaced.*not ingested")
+        with refused:
+            engine.ingest(payment("after"), "Payment")
+        with refused:
+            engine.score(payment("after"), pipeline="pay")
+        assert (engine.core.next_sequence, count(engine)) == before
+        assert "removed or replaced" in engine.check_log()[0]
+        assert engine.check_log() == []
+        if what == "moved":
+            aside.rename(log)
+            until(lambda: engine.core.log.state == "ok")
+            assert engine.check_log() == ["the event log is taking events again"]
+            assert engine.ingest(payment("after"), "Payment") == "applied"
+    if what == "moved":
+        assert [e.values["id"] for e in events_of(log)] == ["before", "after"]
+
+
+def test_an_event_that_is_too_large_says_nothing_of_the_log(tmp_path):
+    with open_engine(tmp_path, segment_bytes=1 << 15) as engine:
+        with pytest.raises(LogError, match="too large"):
+            engine.ingest(payment("a", note="x" * 40000), "Payment")
+        assert engine.core.log.state == "ok"
+        assert engine.core.log.taking is None
+
+
+@as_root
 def test_a_disk_that_fills_under_a_table(small_disk):
     """How many rows are in is said; those that are not may be sent again."""
     rows = [payment(f"e{i}", at=i, note="x" * 900) for i in range(6000)]

@@ -152,10 +152,24 @@ def test_a_keeper_that_was_killed_is_started_again(tmp_path):
         assert not engine.keeper_alive
         assert engine.check_log() == ["the keeper had ended; it is started again"]
         assert engine.keeper_alive
-        (tmp_path / "log").rename(tmp_path / "aside")
-        assert "was removed or replaced" in engine.check_log()[0]
-        (tmp_path / "aside").rename(tmp_path / "log")
         assert engine.check_log() == []
+
+
+def test_a_keeper_that_cannot_be_started_is_said_once_and_tried_again(tmp_path, monkeypatch):
+    with Engine(str(SHOP), log=tmp_path / "log", log_options=msgspec.structs.replace(OPTIONS, keeper=True)) as engine:
+        engine._keeper.process.kill()
+        engine._keeper.process.wait()
+        with monkeypatch.context() as broken:
+
+            def refuse(*_, **__):
+                raise BlockingIOError(11, "Resource temporarily unavailable")
+
+            broken.setattr("penstock.offline.keeper.subprocess.Popen", refuse)
+            assert "no snapshots are taken until the keeper can be started" in engine.check_log()[0]
+            assert engine.check_log() == []
+            assert not engine.keeper_alive
+        assert engine.check_log() == ["the keeper had ended; it is started again"]
+        assert engine.keeper_alive
 
 
 def test_a_folder_is_opened_once_and_by_name(tmp_path):

@@ -14,7 +14,8 @@ __all__ = ["Decision", "FeatureRows", "Ingested", "ModelMetadata", "Tensor"]
 class Decision(msgspec.Struct, frozen=True):
     """What one event was answered: the fields of the engine's Decision, the score with the same bits.
 
-    features and statuses: where `explain` was asked for, by feature name; times are RFC 3339 text.
+    features and statuses: where `explain` was asked for, by feature name; times are RFC 3339 text. degraded: whether a
+    feature of a view could not be known, or the event was late or quarantined.
     """
 
     id: str
@@ -27,6 +28,7 @@ class Decision(msgspec.Struct, frozen=True):
     outcome: str
     features: dict[str, Any] | None = None
     statuses: dict[str, str] | None = None
+    degraded: bool = False
 
 
 class Ingested(msgspec.Struct, frozen=True):

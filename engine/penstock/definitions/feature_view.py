@@ -56,8 +56,9 @@ class Aggregation(_AggregationFields, frozen=True, kw_only=True):
     windows: lengths such as "1h" or "7d", timedeltas, or Lifetime.
     where: an expression over the event's fields; rows for which it is not true do not count.
     default: the value where the window is empty, for training and serving alike (S11).
-    closed: which edges belong to the window: "right" (T-W, T], "both" [T-W, T], "left" [T-W, T) (S2).
-    ttl: for first and last, how old the value's event may be (S9).
+    closed: which edges belong to the window: "right" (T-W, T], "both" [T-W, T], "left" [T-W, T) (S2). A window of
+        length 0 with "both" is the instant T.
+    ttl: for first and last, how old the value's event may be (S9); it forgets nothing, see FeatureView.retention.
     name: replaces `{function}[_{column}]` in the feature's name.
     """
 
@@ -78,6 +79,9 @@ class FeatureView(_FeatureViewFields, frozen=True, kw_only=True):
 
     include_request_event: whether the event being scored counts in its own features (S8).
     key: the source's field that holds the entity's key, where it is not the entity's own.
+    retention: how long an entity is kept after its newest event, such as "90d", where the view has Lifetime windows; it
+        is then unknown, and starts anew with an event that comes later than that and the source's lateness. Left out,
+        Lifetime grows with every entity there ever was (S9).
     """
 
     entity: str | Entity
@@ -85,6 +89,7 @@ class FeatureView(_FeatureViewFields, frozen=True, kw_only=True):
     aggregations: Sequence[Aggregation]
     include_request_event: bool = False
     key: str | None = None
+    retention: str | timedelta | None = None
 
     def __hash__(self) -> int:
         return hash(self.name)

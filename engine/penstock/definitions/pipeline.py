@@ -92,7 +92,12 @@ class Pipeline(_PipelineFields, frozen=True, kw_only=True):
     model: the model whose score decides, or `by_arm(...)`; models: others that score beside it, each its own slot.
     rules: the first that fires gives the action; the reasons of all that fire are in the decision.
     default_action: the action where no rule fires.
-    fallback: the action where a function or model fails; left out, scoring such an event is an error.
+    fallback: the action where a function or model fails; left out, scoring such an event is an error. A model that
+        gives no score (NaN) has failed.
+    on_degraded: what a decision is whose features cannot all be known (status INVALID: the event is older than state
+        reaches back, or a value is beyond the double range), or whose event was late or quarantined: "fallback",
+        "score" (models and rules decide as ever; a rule may ask `degraded`), or an action. Left out, the fallback if
+        there is one, else as "score" (S17).
     """
 
     event: type[Event]
@@ -103,3 +108,4 @@ class Pipeline(_PipelineFields, frozen=True, kw_only=True):
     rules: Sequence[Rule] = ()
     default_action: str = "approve"
     fallback: str | None = None
+    on_degraded: str | None = None

@@ -46,7 +46,7 @@ class AggregationLayout(msgspec.Struct, frozen=True, omit_defaults=True):
     default: float | int | str | bool | None = None
 
 
-class ViewLayout(msgspec.Struct, frozen=True):
+class ViewLayout(msgspec.Struct, frozen=True, omit_defaults=True):
     """A feature view; key is the source's field."""
 
     name: str
@@ -55,6 +55,7 @@ class ViewLayout(msgspec.Struct, frozen=True):
     key: str
     include_request_event: bool
     aggregations: list[AggregationLayout]
+    retention: int | None = None
 
 
 class Layouts(msgspec.Struct, frozen=True):
@@ -90,6 +91,7 @@ def _view_layout(plan: Plan, view: ViewPlan) -> ViewLayout:
         key=view.key_field,
         include_request_event=view.include_request_event,
         aggregations=[_aggregation_layout(plan, store, view, output) for output in view.outputs],
+        retention=view.retention,
     )
 
 
@@ -185,6 +187,7 @@ def _view(layout: ViewLayout, events: dict[str, type[Event]], entities: dict[str
         source=events[layout.event],
         key=layout.key,
         include_request_event=layout.include_request_event,
+        retention=None if layout.retention is None else timedelta(microseconds=layout.retention),
         aggregations=[
             Aggregation(
                 a.function,

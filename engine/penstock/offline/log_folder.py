@@ -298,10 +298,10 @@ class LogFolder:
                 else f"{self.path}: another process uses this log folder{f' (process {owner})' if owner else ''}; "
                 "a folder has one writer"
             ) from None
-        stream.seek(0)
-        stream.truncate()
-        stream.write(f"{os.getpid()}\n")
-        stream.flush()
+        # Who it is, for others to read: on a full disk they do without.
+        with contextlib.suppress(OSError):
+            os.ftruncate(stream.fileno(), 0)
+            os.write(stream.fileno(), f"{os.getpid()}\n".encode())
         _locked.add(self)
         return stream
 
@@ -348,14 +348,6 @@ class LogFolder:
                 yield segment
             finally:
                 segment.close()
-
-    def is_there(self) -> bool:
-        """Whether the folder that is locked is still the one at its path."""
-        try:
-            now = os.stat(self.path / "lock")
-        except OSError:
-            return False
-        return self._lock is not None and os.fstat(self._lock.fileno()).st_ino == now.st_ino
 
     def begins(self) -> int:
         """First event that history must still have: retention has dropped those before it, and says so here."""
@@ -489,9 +481,14 @@ def _never_written(data: Any, begin: int, end: int) -> bool:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file so that it is there whole or not at all, whatever happens meanwhile."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     sync_folder(path.parent)

@@ -6,6 +6,8 @@ does not hold are rebuilt from all of history; and what cannot be read is refuse
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -25,10 +27,11 @@ from .schemas import EventSchema, ScoreSchema, event_mapping, schemas_of, score_
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from ..plan import Plan
 
 BLOCK = 256  # rows of a table that are scored at once
 
-__all__ = ["LogOptions", "RecoveryReport", "fed", "mappings_of", "open_log", "recover_state"]
+__all__ = ["LogOptions", "RecoveryReport", "fed", "mappings_of", "open_log", "put_layouts", "recover_state"]
 
 Progress = Callable[[int, int], None]
 
@@ -261,7 +264,7 @@ def open_log(engine: Engine, folder: LogFolder, options: LogOptions, progress: P
     found = recover_state(engine, folder, options.start_cold, progress)
     history = found.history
     history.seal()
-    write_whole(folder.path / "layouts.json", describe_layouts(plan))
+    put_layouts(folder, plan)
     texts = [pipe.decision_texts for pipe in engine.core.pipes]
     event_schemas = list(range(len(plan.events)))
     score_schemas = list(range(len(plan.events), len(plan.events) + len(plan.pipelines)))
@@ -276,6 +279,7 @@ def open_log(engine: Engine, folder: LogFolder, options: LogOptions, progress: P
         int(options.segment_seconds * 1e6),
         schemas,
         engine.core.sources,
+        [str(folder.segments_path), str(folder.path / "lock")],
     )
     engine.schemas = schemas
     engine.core.attach_log(log, event_schemas, score_schemas, options.scores)
@@ -291,6 +295,21 @@ def open_log(engine: Engine, folder: LogFolder, options: LogOptions, progress: P
         clock_behind_us=max(0, engine.core.last_ingest_time - time.time_ns() // 1000),
         seconds=time.perf_counter() - began,
     )
+
+
+def put_layouts(folder: LogFolder, plan: Plan) -> bool:
+    """Describe the stores for child processes. False where the disk has no room for it: no keeper may run then."""
+    path, data = folder.path / "layouts.json", describe_layouts(plan)
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == data:
+            return True
+    try:
+        write_whole(path, data)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return False
+        raise
+    return True
 
 
 def _recover_ids(replay: _Replay, engine: Engine, history: History, last: int) -> None:

@@ -17,11 +17,12 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import traceback
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PenstockError
+from ..errors import LogError, PenstockError
 from .config import ServerConfig, load_config
+from .outlet import never_in_the_way
 from .server_log import ServerLog
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def serve(app: App | Engine | None = None, **settings: Any) -> int:
 
 def run(app: App | Engine | None, config: ServerConfig) -> int:
     """Serve with exactly these settings."""
-    with _Signals() as signals:
+    with never_in_the_way(), _Signals() as signals:
         return _run(app, config, signals)
 
 
@@ -72,7 +73,10 @@ def _run(app: App | Engine | None, config: ServerConfig, signals: _Signals) -> i
                 return runner.run(Serving(engine, config, repository).serve(listeners, stop))
         finally:
             if not isinstance(app, type(engine)):
-                engine.close()
+                try:
+                    engine.close()
+                except LogError as error:  # all that could be done was done; the state of the log said it before
+                    print(f"penstock: warning: {error}", file=sys.stderr)
     finally:
         for listener in listeners:
             listener.close()
@@ -317,42 +321,31 @@ class Serving:
 
     async def _sweep(self) -> None:
         """Timeouts of connections, and what an operator should read of log and models, once each."""
-        engine, config = self.engine, self.config
+        config = self.config
         period = min(0.5, config.head_timeout / 4, config.body_timeout / 4, config.idle_timeout / 4)
-        steps = refusing = 0
         said: set[str] = set()
 
-        def warn(texts: Sequence[str]) -> None:
-            for text in texts:
+        def warn_of_models() -> None:
+            for text in () if self.repository is None else self.repository.warnings:
                 if text not in said:
                     self.log.say("warning", text)
                 said.add(text)
 
+        def warn_of_log() -> None:
+            for text in self.engine.check_log():
+                self.log.say("warning", text)
+
+        steps = [*(server.sweep for server in self.servers), warn_of_models, warn_of_log]
         while True:
             await asyncio.sleep(period)
-            for server in self.servers:
+            for step in steps:
                 try:
-                    server.sweep()
-                except Exception as error:  # the next sweep comes all the same
-                    self.log.fault(error)
-            if self.repository is not None:
-                warn(self.repository.warnings)
-            if engine.core.log is None:
-                continue
-            warn(engine.check_log())
-            stats = engine.core.log.stats()
-            if stats.error != refusing:
-                refusing = stats.error
-                what = (
-                    f"the log takes no more events: {os.strerror(refusing)}"
-                    if refusing
-                    else "the log takes events again"
-                )
-                print(f"penstock: {'warning: ' if refusing else ''}{what}", file=sys.stderr, flush=True)
-            if stats.clock_steps != steps:
-                steps = stats.clock_steps
-                seconds = stats.last_step_us / 1e6
-                print(f"penstock: warning: the clock was set by {seconds:+.1f} s", file=sys.stderr, flush=True)
+                    step()
+                except Exception as error:  # the others are done, and the next sweep comes, all the same
+                    fault = "".join(traceback.format_exception_only(error))
+                    if fault not in said:
+                        self.log.fault(error)
+                    said.add(fault)
 
     async def _drain(self) -> None:
         """Wait until every connection is closed: those with a request answer it first, idle ones linger a little."""

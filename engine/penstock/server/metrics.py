@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._ext.decision import OUTCOMES
 from .._ext.http import HttpServer
+from .._ext.log import STATES
 from .._ext.loop_lag import LoopLag
 from .._ext.metrics_text import (
     Decisions,
@@ -111,7 +112,7 @@ class Metrics:
         if resp is not None:
             parts += _resp(resp)
         if engine is not None and engine.core.log is not None:
-            parts.append(_log(engine))
+            parts += _log(engine)
         if lag is not None:
             parts.append(Lag(lag))
             parts.append(
@@ -318,7 +319,7 @@ def _resp(resp: Any) -> list[Part]:
     ]
 
 
-def _log(engine: Engine) -> Part:
+def _log(engine: Engine) -> list[Part]:
     log = engine.core.log
     assert log is not None
     columns = [
@@ -327,7 +328,18 @@ def _log(engine: Engine) -> Part:
         ("penstock_log_syncs_total", "counter", "Syncs of the event log."),
         ("penstock_log_sync_longest_seconds", "gauge", "Longest sync."),
         ("penstock_log_segments_total", "counter", "Segments begun since start."),
-        ("penstock_log_refusing", "gauge", "1 while the disk takes no events, else 0."),
+        ("penstock_log_refusing", "gauge", "1 while no events are taken, else 0."),
+        (
+            "penstock_log_unsynced_age_seconds",
+            "gauge",
+            "Age, at most, of the oldest byte that is not on disk; 0: there is none.",
+        ),
+        ("penstock_log_unsynced_age_longest_seconds", "gauge", "The longest it was."),
+        (
+            "penstock_log_late_syncs_total",
+            "counter",
+            "Syncs that came half a second later than the policy says, or more.",
+        ),
         ("penstock_scores_not_logged_total", "counter", "Decisions that found no room in the log."),
         ("penstock_keeper_alive", "gauge", "1 while a child process takes snapshots."),
         ("penstock_clock_steps_total", "counter", "Times that the clock was set by over a second."),
@@ -342,11 +354,19 @@ def _log(engine: Engine) -> Part:
                 stats.syncs,
                 stats.longest_sync_us / 1e6,
                 stats.segments,
-                int(bool(stats.error) or log.closed),
+                int(stats.state in ("refusing", "gone")),
+                stats.unsynced_us / 1e6,
+                stats.longest_unsynced_us / 1e6,
+                stats.late_syncs,
                 engine.core.scores_not_logged,
                 int(engine.keeper_alive),
                 stats.clock_steps,
             )
         ]
 
-    return Table(columns, [""], read)
+    def states() -> list[tuple[float, ...]]:
+        now = log.state
+        return [(float(state == now),) for state in STATES]
+
+    state = ("penstock_log_state", "gauge", "1 for the state that the log is in.")
+    return [Table(columns, [""], read), Table([state], [labels(state=name) for name in STATES], states)]

@@ -225,8 +225,9 @@ def _event(event: EventPlan) -> Schema:
 
 def _decision(pipeline: PipelinePlan) -> Schema:
     actions = list(dict.fromkeys([pipeline.default_action, *(step.rule.action for step in pipeline.rules)]))
-    if pipeline.fallback is not None and pipeline.fallback not in actions:
-        actions.append(pipeline.fallback)
+    for action in (pipeline.fallback, pipeline.degraded_action):
+        if action is not None and action not in actions:
+            actions.append(action)
     arms: dict[str, Schema] = {step.experiment.name: {"type": ["string", "null"]} for step in pipeline.experiments}
     slots = {slot.index: slot for slot in pipeline.slots}
     features = {slots[i].name: _nullable(TYPES[slots[i].type]) for i in pipeline.features}
@@ -244,6 +245,7 @@ def _decision(pipeline: PipelinePlan) -> Schema:
             "features": {"type": "object", "properties": features},
             "statuses": {"type": "object", "additionalProperties": {"enum": STATUSES}},
             "outcome": {"type": "string", "enum": OUTCOMES},
+            "degraded": {"const": True},
         },
     }
 

@@ -201,9 +201,11 @@ def build_server(
         return 200, JSON, b'{"live":true}'
 
     def not_ready() -> str | None:
-        if state["ready"] and not server.draining:
-            return None
-        return "the server is stopping" if server.draining else "the server is starting"
+        if server.draining:
+            return "the server is stopping"
+        if not state["ready"]:
+            return "the server is starting"
+        return core.log.taking if core.log is not None else None
 
     if oip is not None:
         oip.not_ready = not_ready
@@ -211,6 +213,8 @@ def build_server(
 
     def ready(query: str, body: bytes) -> tuple[int, bytes, bytes]:
         why = not_ready()
+        if why is None and core.log is not None and core.log.state != "ok":
+            return 200, JSON, msgspec.json.encode({"ready": True, "log": core.log.state})
         if why is None:
             return 200, JSON, b'{"ready":true}'
         raise RequestError(503, "not_ready", why)
