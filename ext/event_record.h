@@ -116,6 +116,30 @@ static inline uint32_t ps_record_fixed(int is_score, uint32_t n_versions, uint32
 
 /* ---- what a record must be like to be of its schema */
 
+/* Whether bytes are UTF-8 as RFC 3629 has it: no overlong forms, no surrogates. */
+static inline int ps_is_utf8(const char *text, uint64_t n) {
+    const uint8_t *p = (const uint8_t *)text, *end = p + n;
+    while (p < end) {
+        uint64_t word;
+        if (end - p >= 8) {
+            memcpy(&word, p, 8);
+            if (!(word & 0x8080808080808080ULL)) {
+                p += 8;
+                continue;
+            }
+        }
+        uint8_t c = p[0];
+        int more = c < 0x80 ? 0 : c < 0xc2 ? -1 : c < 0xe0 ? 1 : c < 0xf0 ? 2 : c < 0xf5 ? 3 : -1;
+        if (more < 0 || end - p <= more) return 0;
+        for (int i = 1; i <= more; i++)
+            if ((p[i] & 0xc0) != 0x80) return 0;
+        if ((c == 0xe0 && p[1] < 0xa0) || (c == 0xed && p[1] >= 0xa0) || (c == 0xf0 && p[1] < 0x90) || (c == 0xf4 && p[1] >= 0x90))
+            return 0;
+        p += more + 1;
+    }
+    return 1;
+}
+
 enum { PS_RECORD_MISFIT = -2, PS_MOST_EXPERIMENTS = sizeof(((ps_score *)0)->arms) };
 
 enum { PS_REQUIRED = 1, PS_REQUIRED_TIME = 2 }; /* the event's time: within -2^61..2^61 microseconds */
@@ -186,6 +210,7 @@ static inline const char *ps_record_misfit(const ps_record *r, uint64_t offset, 
         if (s->types[i] == PS_STRING) {
             uint64_t offset_in = PS_STR_OFFSET(slots[i].u), length = PS_STR_LENGTH(slots[i].u);
             if (offset_in + length > room) return "its text does not lie within the record";
+            if (!ps_is_utf8(ps_record_strings(r) + offset_in, length)) return "its text is no UTF-8";
             used += length;
             if (used > room) return "the texts up to it are longer than the record";
         } else if (!is_score && s->required[i] == PS_REQUIRED_TIME) {

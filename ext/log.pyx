@@ -326,7 +326,7 @@ cdef class RecordSchemas:
 def scan(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start=PS_SEGMENT_HEAD,
          RecordSchemas schemas=None):
     """Check every record from an offset on; stops at the first that was not finished or is damaged. With `schemas` it
-    raises LogError at one that checks, and is not of its schema."""
+    raises LogError at one that checks, and is not of its schema or is not the event that should follow."""
     cdef uint64_t at = start
     cdef uint64_t size = data.shape[0]
     cdef int64_t length = 0
@@ -347,6 +347,10 @@ def scan(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t star
             r = <const ps_record *>(base + at)
             records += 1
             if r.kind == PS_RECORD_EVENT:
+                if schemas is not None and events and r.sequence != last + 1:
+                    with gil:
+                        raise LogError(f"at offset {at}: damaged: event {r.sequence} stands where event {last + 1} should. "
+                                       "Nothing was changed; restore the file from a copy")
                 events += 1
                 if first < 0:
                     first = r.sequence

@@ -2,7 +2,7 @@
 
 A column holds what a reader of Parquet wants to see; beside it stand the status bytes. What must stay true: the records
 built from columns are the records that the columns were made of, bit for bit. A record that columns alone would not
-give back (text that is no UTF-8, bits behind a null) is kept whole beside its columns.
+give back (bits behind a null, texts out of order) is kept whole beside its columns.
 """
 
 import numpy as np
@@ -32,48 +32,9 @@ cdef enum:
     CODES = 14                # of a score: action, model, failed (int16 each), arms (int8 x 8)
 
 cdef uint64_t NULL_FLOAT = 0x7ff8000000000000
-cdef uint64_t HIGH_BITS = 0x8080808080808080
 cdef int64_t DAY = 86400000000
 CODE_BYTES = CODES
 SCORE_ID_BYTES = ID_BYTES
-
-
-cdef bint is_utf8(const char *text, int64_t n) noexcept nogil:
-    """Whether bytes are UTF-8 as RFC 3629 has it: no overlong forms, no surrogates."""
-    cdef const uint8_t *p = <const uint8_t *>text
-    cdef const uint8_t *end = p + n
-    cdef uint64_t word
-    cdef uint8_t c
-    while p < end:
-        if end - p >= 8:
-            memcpy(&word, p, 8)
-            if not word & HIGH_BITS:
-                p += 8
-                continue
-        c = p[0]
-        if c < 0x80:
-            p += 1
-        elif c < 0xc2:
-            return False
-        elif c < 0xe0:
-            if end - p < 2 or p[1] & 0xc0 != 0x80:
-                return False
-            p += 2
-        elif c < 0xf0:
-            if end - p < 3 or p[1] & 0xc0 != 0x80 or p[2] & 0xc0 != 0x80:
-                return False
-            if (c == 0xe0 and p[1] < 0xa0) or (c == 0xed and p[1] >= 0xa0):
-                return False
-            p += 3
-        elif c < 0xf5:
-            if end - p < 4 or p[1] & 0xc0 != 0x80 or p[2] & 0xc0 != 0x80 or p[3] & 0xc0 != 0x80:
-                return False
-            if (c == 0xf0 and p[1] < 0x90) or (c == 0xf4 and p[1] >= 0x90):
-                return False
-            p += 4
-        else:
-            return False
-    return True
 
 
 cdef bint is_zero(const char *p, int64_t n) noexcept nogil:
@@ -116,13 +77,13 @@ cdef class SchemaColumns:
         free(self.text_at)
 
     cdef bint text_of(self, const ps_record *r, int i, const char **text, int64_t *size) noexcept nogil:
-        """The text of a string field that is present and can be shown as text."""
+        """The text of a string field that is present."""
         cdef uint64_t u = ps_record_slots(r)[i].u
         if ps_record_status(r)[i] & 7 != PS_PRESENT:
             return False
         text[0] = ps_record_strings(r) + PS_STR_OFFSET(u)
         size[0] = PS_STR_LENGTH(u)
-        return is_utf8(text[0], size[0])
+        return True
 
     cdef bint canonical(self, const ps_record *r) noexcept nogil:
         """Whether the columns give the record back."""
