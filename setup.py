@@ -39,6 +39,7 @@ C_FILES: dict[str, list[str]] = {
     "log": ["event_log.c"],
     "history": [],
     "log_columns": [],
+    "own_events": [],
     "spine": [],
     "asof": ["asof_join.c"],
     "snapshot": ["page_delta.c"],

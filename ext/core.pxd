@@ -29,6 +29,7 @@ cdef inline bint undecided(const PipeC *pipe, const Verdict *verdict) noexcept n
     """Whether something failed and no fallback stands in for it: an error, and no decision."""
     return verdict.failed >= 0 and verdict.failed != pipe.degraded_failure and pipe.fallback < 0
 
+cdef list by_time(list times)
 
 cdef class Core
 
@@ -107,8 +108,8 @@ cdef class Core:
     cdef void sweep(self, SourceC *source) noexcept nogil
     cdef object id_of(self, Source source, ps_slot *slots, ps_arena *arena)
     cdef void hash_keys(self, int n_keys, Read *reads, int n_reads, SourceC *source, RowKeys *keys) noexcept nogil
-    cdef int check(self, Source source, list events, Py_ssize_t first, Py_ssize_t last) except -1
-    cdef int validate(self, Source source, list events, Py_ssize_t first, Py_ssize_t last) except -1
+    cdef int check(self, Source source, list events, Py_ssize_t first, Py_ssize_t last, list times=*) except -1
+    cdef int validate(self, Source source, list events, Py_ssize_t first, Py_ssize_t last, list times) except -1
     cdef int ingest_one(self, Source source, object event) except -1
     cdef Decision start(self, Pipe pipe, Rows rows, int row, object event, bint ingest, Start *start)
     cdef Decision conclude(self, Pipe pipe, Rows rows, int row, const Start *start, object id, object error, bint ingest,

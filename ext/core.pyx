@@ -121,6 +121,19 @@ cdef void run_block(void *arg) noexcept nogil:
     run_models_unheld(parts.block, parts.core, parts.rows)
 
 
+cdef list by_time(list times):
+    """The places of a call's events in order of time, equal times as they were given: what is sent together makes
+    nothing of itself late."""
+    cdef Py_ssize_t i
+    cdef int64_t at, before = 0
+    for i in range(len(times)):
+        at = times[i]
+        if i and at < before:
+            return sorted(range(len(times)), key=times.__getitem__)
+        before = at
+    return list(range(len(times)))
+
+
 cdef inline object id_under_way(Source source, object id):
     """How Core.under_way knows an event: two event types may use the same id."""
     if isinstance(id, tuple):
@@ -1168,27 +1181,29 @@ cdef class Core:
         cdef Pipe pipe = <Pipe>self.pipes[pipeline]
         self.enter()
         try:
-            self.validate(pipe.source, events, 0, len(events))
+            self.validate(pipe.source, events, 0, len(events), None)
             decisions = [self.score_one(pipe, event, ingest, explain) for event in events]
         finally:
             self.leave()
         self.wait_for_log()
         return decisions
 
-    cdef int check(self, Source source, list events, Py_ssize_t first, Py_ssize_t last) except -1:
-        """Raise for the first of events[first:last] that would be refused."""
+    cdef int check(self, Source source, list events, Py_ssize_t first, Py_ssize_t last, list times=None) except -1:
+        """Raise for the first of events[first:last] that would be refused. times: gets the event time of each."""
         self.enter()
         try:
-            return self.validate(source, events, first, last)
+            return self.validate(source, events, first, last, times)
         finally:
             self.leave()
 
-    cdef int validate(self, Source source, list events, Py_ssize_t first, Py_ssize_t last) except -1:
+    cdef int validate(self, Source source, list events, Py_ssize_t first, Py_ssize_t last, list times) except -1:
         cdef Py_ssize_t i
         cdef Rows rows = self.single
         for i in range(first, last):
             rows.arena.used = <uint32_t>PyBytes_GET_SIZE(self.constants)
             source.reader.read_object(events[i], rows.slots, rows.status, &rows.arena, f"[{i}]")
+            if times is not None:
+                times.append(rows.slots[source.c.time].i)
         return 0
 
     cdef int ingest_one(self, Source source, object event) except -1:
@@ -1227,11 +1242,14 @@ cdef class Core:
         return outcome
 
     def ingest_many(self, Py_ssize_t source, list events):
-        """Apply several events in order, all or nothing on bad input. Returns their outcomes."""
+        """Apply several events by event time, all or nothing on bad input. Returns their outcomes, as they were given."""
+        cdef list times = []
+        cdef list outcomes = [None] * len(events)
         self.enter()
         try:
-            self.validate(<Source>self.sources[source], events, 0, len(events))
-            outcomes = [OUTCOMES[self.ingest_one(<Source>self.sources[source], event)] for event in events]
+            self.validate(<Source>self.sources[source], events, 0, len(events), times)
+            for i in by_time(times):
+                outcomes[i] = OUTCOMES[self.ingest_one(<Source>self.sources[source], events[i])]
         finally:
             self.leave()
         self.wait_for_log()

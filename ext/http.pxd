@@ -78,6 +78,7 @@ cdef class HttpServer(WireServer):
         int64_t            clock_ticks
 
         readonly int64_t   max_body
+        readonly int64_t   max_tensors
         readonly int64_t   max_head
         readonly uint32_t  max_fields
         int64_t            head_timeout
@@ -93,6 +94,8 @@ cdef class HttpServer(WireServer):
     cdef Head find(self, const char *p, size_t n)
     cdef int keep(self, Head head) except -1
     cdef Route route_of(self, str path)
+    cdef Route stranger(self, str path)
+    cdef int64_t most_body(self, Head head)
 
 
 cdef class Connection(WireConnection):
@@ -104,7 +107,8 @@ cdef class Connection(WireConnection):
         bytes       url
         tuple       refusal        # (status, code, message, path), answered once the body has been read
         Head        head
-        int64_t     body_n         # bytes of body so far
+        int64_t     body_n         # bytes of body so far,
+        int64_t     most           # and how many there may be
         int64_t     body_left      # Content-Length: bytes to come; chunked: bytes on the wire so far
         int         state
         int         begun          # llhttp: message begins, heads and ends seen in this feed
@@ -141,6 +145,7 @@ cdef class Connection(WireConnection):
     cdef int overloaded(self, Head head, int why) except -1
     cdef int refuse(self, Head head, int status, str code, str message, object path, bytes extra) except -1
     cdef int refuse_for(self, Head head, object error) except -1
+    cdef Route begun_route(self)
     cdef int hang_up(self, int status, str code, str message) except -1
 
 
@@ -153,6 +158,7 @@ cdef class HttpWork(Work):
         Block       block
         list        events         # of an array: what is still to be done with them, a part at a time
         list        answers
+        list        times          # of events that are only ingested
         Py_ssize_t  at
         int         stage
 

@@ -76,6 +76,7 @@ class HttpServer(WireServer):
         resolve: Callable[[str], Route | None] | None = None,
         log: Callable[[BaseException], object] | None = None,
         max_body: int = ...,
+        max_tensors: int = ...,
         max_head: int = ...,
         max_fields: int = ...,
         max_connections: int = ...,
@@ -87,6 +88,8 @@ class HttpServer(WireServer):
     def __call__(self) -> Connection: ...
     @property
     def max_body(self) -> int: ...
+    @property
+    def max_tensors(self) -> int: ...
     @property
     def max_head(self) -> int: ...
     @property

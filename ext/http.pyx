@@ -23,7 +23,7 @@ import msgspec
 
 from penstock.errors import InProgress, LogError
 
-from penstock._ext.core cimport BLOCK_ROWS, Block, Core, run_block
+from penstock._ext.core cimport BLOCK_ROWS, Block, Core, by_time, run_block
 from penstock._ext.decision cimport Decision
 from penstock._ext.flow cimport DONE, FULL, INLINE, LATE, MORE, NATIVE, QUEUE, Flow, Lane, Work, native_call
 from penstock._ext.infer cimport InferCall, ServedModel, Target
@@ -44,6 +44,8 @@ cdef extern from "http_head.h" nogil:
         int expect
         int encoding
         int accepts
+        int foreign
+        int navigates
         int64_t upgrade
         int64_t inference
     int64_t ps_http_now()
@@ -72,15 +74,15 @@ cdef enum:
     GZIP = 1
     DEFLATE = 2
 
-STATUSES = (200, 400, 404, 405, 408, 413, 415, 417, 422, 431, 500, 501, 503, 0)
+STATUSES = (200, 400, 403, 404, 405, 408, 413, 415, 417, 422, 431, 500, 501, 503, 0)
 BUCKETS = (10e-6, 20e-6, 30e-6, 50e-6, 75e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 100e-3, 1.0)
 cdef int64_t BOUNDS[16]
 for _i, _b in enumerate(BUCKETS):
     BOUNDS[_i] = <int64_t>round(_b * 1e9)
 
 cdef dict PHRASES = {
-    200: b"OK", 400: b"Bad Request", 404: b"Not Found", 405: b"Method Not Allowed", 408: b"Request Timeout",
-    413: b"Content Too Large", 415: b"Unsupported Media Type", 417: b"Expectation Failed",
+    200: b"OK", 400: b"Bad Request", 403: b"Forbidden", 404: b"Not Found", 405: b"Method Not Allowed",
+    408: b"Request Timeout", 413: b"Content Too Large", 415: b"Unsupported Media Type", 417: b"Expectation Failed",
     422: b"Unprocessable Content", 431: b"Request Header Fields Too Large", 500: b"Internal Server Error",
     501: b"Not Implemented", 503: b"Service Unavailable",
 }
@@ -182,7 +184,7 @@ cdef class HttpServer(WireServer):
     """
 
     def __init__(self, dict routes, *, not_found, event_error, Flow flow=None, resolve=None, log=None, max_body=1 << 20,
-                 max_head=16384, max_fields=100, max_connections=10000, head_timeout=10.0, body_timeout=10.0,
+                 max_tensors=1 << 26, max_head=16384, max_fields=100, max_connections=10000, head_timeout=10.0, body_timeout=10.0,
                  idle_timeout=75.0, write_timeout=30.0):
         WireServer.__init__(self, Flow() if flow is None else flow, max_connections=max_connections,
                             write_timeout=write_timeout)
@@ -200,6 +202,7 @@ cdef class HttpServer(WireServer):
         self.clock_ns = ps_http_now()
         self.clock_ticks = ps_ticks()
         self.max_body = max_body
+        self.max_tensors = max(max_body, max_tensors)
         self.max_head = max_head
         self.max_fields = max_fields
         self.head_timeout = <int64_t>(head_timeout * 1e9)
@@ -253,6 +256,17 @@ cdef class HttpServer(WireServer):
                         self.resolved.clear()
                     self.resolved[path] = route
         return route
+
+    cdef Route stranger(self, str path):
+        """What a request that no Route answers counts under, and whose form its refusal takes. path: None where it
+        cannot be known."""
+        if path is not None and (path == "/v2" or path.startswith("/v2/")):
+            return self.unmatched_oip
+        return self.unmatched
+
+    cdef int64_t most_body(self, Head head):
+        """How long a body may be: binary tensors are read where they lie, all else is parsed while others wait."""
+        return self.max_tensors if head.route.native == INFER and head.inference >= 0 else self.max_body
 
     cdef Head find(self, const char *p, size_t n):
         cdef object found = (<list>self.heads)[<Py_ssize_t>(ps_http_hash(p, n) % N_HEADS)]
@@ -348,7 +362,7 @@ cdef class Connection(WireConnection):
 
     def on_body(self, bytes part):
         self.body_n += PyBytes_GET_SIZE(part)
-        if self.body_n > self.server.max_body:
+        if self.body_n > self.most:
             return                                     # refused by whoever fed it
         if self.body is None:
             self.body = part
@@ -469,8 +483,8 @@ cdef class Connection(WireConnection):
             self.body_left += end - pos
             if self.feed(piece):
                 return end
-            if self.body_n > server.max_body or self.body_left > WIRE_FACTOR * server.max_body + server.max_head:
-                self.hang_up(413, "body_too_large", f"body: more than {server.max_body} bytes")
+            if self.body_n > self.most or self.body_left > WIRE_FACTOR * self.most + server.max_head:
+                self.hang_up(413, "body_too_large", f"body: more than {self.most} bytes")
             elif self.begun or (self.complete and not complete):
                 self.hang_up(400, "bad_request", "body: it does not end where its chunks say")
             elif self.complete:
@@ -482,14 +496,15 @@ cdef class Connection(WireConnection):
                 del self.tail[:max(0, PyByteArray_GET_SIZE(self.tail) - 3)]
             return end
         if PyByteArray_GET_SIZE(self.tail) + end - pos > server.max_head:
+            self.tail.extend(piece)
             self.hang_up(431, "head_too_large", f"head: more than {server.max_head} bytes before the blank line")
             return end
         if PyByteArray_GET_SIZE(self.tail) == 0:
             self.since = self.started
+        self.tail.extend(piece)                        # first: a refusal asks it for the path
         failed = self.feed(piece)
         if failed == 1:
             return end
-        self.tail.extend(piece)
         self.last = end == n
         if failed == 2:
             self.upgrade()
@@ -528,7 +543,9 @@ cdef class Connection(WireConnection):
         method = self.parser.get_method().decode()
         version = self.parser.get_http_version()
         head.raw = raw
-        head.route = server.unmatched
+        path, query = self.target(self.url)
+        route = server.route_of(path) if path is not None else None
+        head.route = server.stranger(path) if route is None else route
         head.query = ""
         head.content_length = fields.content_length
         head.keep_alive = self.keep_alive
@@ -541,6 +558,7 @@ cdef class Connection(WireConnection):
         self.head = head
         self.body = None
         self.body_n = 0
+        self.most = server.most_body(head)
         self.refusal = None
         self.since = self.started
         if version not in ("1.0", "1.1"):
@@ -551,29 +569,25 @@ cdef class Connection(WireConnection):
             return self.hang_up(400, "bad_request", f"host: expected one Host field, got {fields.hosts}")
         if fields.chunked == 2 or (fields.chunked and head.http10):
             return self.hang_up(400, "bad_request", "transfer-encoding: only chunked is understood, and not in HTTP/1.0")
-        if fields.content_length > server.max_body:
-            return self.hang_up(413, "body_too_large",
-                                f"body: {fields.content_length} bytes, at most {server.max_body}")
+        if fields.content_length > self.most:
+            return self.hang_up(413, "body_too_large", f"body: {fields.content_length} bytes, at most {self.most}")
         if fields.expect == 2:
             return self.hang_up(417, "expectation_failed", "expect: only 100-continue is understood")
-        path, query = self.target(self.url)
-        route = server.route_of(path) if path is not None else None
-        if path is None:
+        if fields.foreign and not (fields.foreign == 2 and fields.navigates and method in ("GET", "HEAD")):
+            what = "Origin" if fields.foreign & 1 else "Sec-Fetch-Site"
+            self.refusal = (403, "foreign_origin", f"{what}: the page that asks is of another origin than this server (a proxy "
+                            "must pass Host on)", None, NOTHING)
+        elif path is None:
             self.refusal = (400, "bad_request", f"target: not a path: {shown(self.url)}", None, NOTHING)
         elif route is None:
-            if path.startswith("/v2"):
-                head.route = server.unmatched_oip
             self.refusal = (404, "not_found", server.not_found(path), None, NOTHING)
         elif method not in route.methods:
-            head.route = route
             self.refusal = (405, "method_not_allowed", f"method: {path} answers {' and '.join(route.methods)}, got {method}",
                             None, b"Allow: " + ", ".join(route.methods).encode() + b"\r\n")
         elif fields.encoding > DEFLATE:
-            head.route = route
             self.refusal = (415, "unsupported_encoding", "content-encoding: send the body as it is, or as gzip or deflate",
                             None, NOTHING)
         else:
-            head.route = route
             head.query = query
             if route.native == SCORE or route.native == EVENTS:
                 try:
@@ -620,6 +634,9 @@ cdef class Connection(WireConnection):
             if b"%" in path:
                 from urllib.parse import unquote_to_bytes
 
+                # An encoded slash is part of a name, and no name here has one: it must not become a separator.
+                if b"%2F" in path or b"%2f" in path:
+                    return path.decode(), ""
                 path = unquote_to_bytes(path)
             return path.decode(), query.decode()
         except UnicodeDecodeError:
@@ -695,15 +712,16 @@ cdef class Connection(WireConnection):
         return self.respond(head, status, kind, payload, NOTHING)
 
     cdef bytes inflate(self, Head head, const char *p, size_t n):
-        """A compressed body as it was, at most max_body bytes of it."""
+        """A compressed body as it was, at most as much of it as a plain one may have."""
         cdef bytes plain
+        cdef int64_t most = self.server.most_body(head)
         stream = zlib.decompressobj(31 if head.encoding == GZIP else 15)
         try:
-            plain = stream.decompress(PyBytes_FromStringAndSize(p, n), self.server.max_body + 1)
+            plain = stream.decompress(PyBytes_FromStringAndSize(p, n), most + 1)
         except zlib.error as error:
             raise RequestError(400, "bad_encoding", f"body: not {'gzip' if head.encoding == GZIP else 'deflate'}: {error}")
-        if PyBytes_GET_SIZE(plain) > self.server.max_body:
-            raise RequestError(413, "body_too_large", f"body: more than {self.server.max_body} bytes when unpacked")
+        if PyBytes_GET_SIZE(plain) > most:
+            raise RequestError(413, "body_too_large", f"body: more than {most} bytes when unpacked")
         if not stream.eof or stream.unused_data:
             raise RequestError(400, "bad_encoding", "body: the compressed data is cut short, or more follows it")
         return plain
@@ -1052,16 +1070,22 @@ cdef class Connection(WireConnection):
         message = str(error) if hasattr(error, "ingested") else "the server failed; its log has the reason"
         return self.refuse(head, 500, "internal", message, None, NOTHING)
 
+    cdef Route begun_route(self):
+        """The Route that a head asks for of which there is no more than its beginning."""
+        cdef list words = bytes(self.tail[:self.server.max_head]).lstrip(b"\r\n").split(b"\r\n", 1)[0].split(b" ")
+        cdef str path = self.target(words[1])[0] if len(words) > 1 else None
+        cdef Route route = self.server.route_of(path) if path is not None else None
+        return self.server.stranger(path) if route is None else route
+
     cdef int hang_up(self, int status, str code, str message) except -1:
         """Refuse a request whose rest cannot be read, and close. Outside a read this also writes."""
         cdef Head head = Head.__new__(Head)
         cdef int64_t now = ps_http_now()
-        head.route = self.server.unmatched
         head.content_length = -1
-        if self.head is not None and self.head.route is not None and self.state != IN_HEAD:
-            head.route = self.head.route
-        if self.head is not None:
-            head.head_only = self.head.head_only
+        head.route = self.head.route
+        head.head_only = self.head.head_only
+        if head.route is None:
+            head.route = self.begun_route()
         self.closing = True
         self.linger = True
         self.refuse(head, status, code, message, None, NOTHING)
@@ -1220,7 +1244,7 @@ cdef class HttpWork(Work):
         return self.answer(answer)
 
     cdef int begin_many(self) except -1:
-        """An array, a part at a time: first every event is checked, then they are done in order."""
+        """An array, a part at a time: first every event is checked, then they are scored in order, or ingested by time."""
         cdef Route route = self.head.route
         cdef int64_t began = ps_http_now()
         cdef int64_t until = began + self.connection.server.flow.slice_ns
@@ -1232,6 +1256,7 @@ cdef class HttpWork(Work):
             if n:
                 learn_row_bytes(self.lane, PyBytes_GET_SIZE(self.body) // n)
             self.answers = []
+            self.times = [] if route.native == EVENTS else None
             self.at = 0
             self.stage = 1
         n = len(self.events)
@@ -1239,10 +1264,12 @@ cdef class HttpWork(Work):
         while self.stage == 1 and self.at < n:
             first = self.at
             self.at = min(n, first + BLOCK_ROWS)
-            route.core.check(source, self.events, first, self.at)
+            route.core.check(source, self.events, first, self.at, self.times)
             if ps_http_now() >= until:
                 return MORE
         if self.stage == 1:
+            if self.times is not None:
+                self.events = [self.events[i] for i in by_time(self.times)]
             self.stage = 2
             self.at = 0
         if self.pooled and route.native == SCORE:

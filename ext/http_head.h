@@ -51,6 +51,8 @@ typedef struct {
     int expect;             /* 0 none, 1 "100-continue", 2 anything else */
     int encoding;           /* Content-Encoding: 0 none or identity, 1 gzip, 2 deflate, 3 anything else */
     int accepts;            /* Accept-Encoding: 1 gzip, 2 deflate, added */
+    int foreign;            /* a browser says that a page of another origin asks: 1 Origin, 2 Sec-Fetch-Site, added */
+    int navigates;          /* Sec-Fetch-Mode: navigate: a link that was followed, no page that reads the answer */
     int64_t upgrade;        /* offset of the Upgrade field name, or -1 */
     int64_t inference;      /* Inference-Header-Content-Length: -1 none, -2 no number */
 } ps_http_fields;
@@ -96,9 +98,47 @@ static inline int ps_http_accepts(const char *v, size_t n) {
     return found;
 }
 
+typedef struct {
+    const char *p; /* NULL: there is no such field */
+    size_t n;
+} ps_http_text;
+
+/* Where the port of host[:port] begins, n where there is none; one of an IPv6 address stands behind its bracket. */
+static inline size_t ps_http_port_at(ps_http_text t) {
+    for (size_t i = t.n; i > 0; i--) {
+        if (t.p[i - 1] == ':') return i - 1;
+        if (t.p[i - 1] < '0' || t.p[i - 1] > '9') break;
+    }
+    return t.n;
+}
+
+/* Whether an Origin names the host that the request is for. The schemes may differ (TLS may end before us); a port that
+ * is not said is the one of the origin's scheme. */
+static inline int ps_http_same_origin(ps_http_text origin, ps_http_text host) {
+    const char *port = NULL;
+    if (ps_http_is(origin.p, origin.n < 7 ? origin.n : 7, "http://", 7)) {
+        origin.p += 7;
+        origin.n -= 7;
+        port = ":80";
+    } else if (ps_http_is(origin.p, origin.n < 8 ? origin.n : 8, "https://", 8)) {
+        origin.p += 8;
+        origin.n -= 8;
+        port = ":443";
+    } else {
+        return 0; /* null, a file, an extension */
+    }
+    size_t a = ps_http_port_at(origin), b = ps_http_port_at(host);
+    if (a == 0 || a != b || strncasecmp(origin.p, host.p, a) != 0) return 0;
+    ps_http_text pa = {origin.p + a, origin.n - a}, pb = {host.p + b, host.n - b};
+    if (pa.n <= 1) pa = (ps_http_text){port, strlen(port)};
+    if (pb.n <= 1) pb = (ps_http_text){port, strlen(port)};
+    return pa.n == pb.n && memcmp(pa.p, pb.p, pa.n) == 0;
+}
+
 /* head: the request line and header lines up to and including the blank line. */
 static inline ps_http_fields ps_http_scan(const char *head, size_t n) {
-    ps_http_fields f = {-1, 0, 0, 0, 0, 0, 0, -1, -1};
+    ps_http_fields f = {.content_length = -1, .upgrade = -1, .inference = -1};
+    ps_http_text host = {NULL, 0}, origin = {NULL, 0};
     const char *end = head + n, *line = (const char *)memchr(head, '\n', n);
     if (line != NULL) line++;
     while (line != NULL && line < end && *line != '\r') {
@@ -114,6 +154,14 @@ static inline ps_http_fields ps_http_scan(const char *head, size_t n) {
             size_t value = (size_t)(v_end - v);
             if (ps_http_is(line, name, "host", 4)) {
                 f.hosts++;
+                host = (ps_http_text){v, value};
+            } else if (ps_http_is(line, name, "origin", 6)) {
+                f.foreign |= origin.p != NULL; /* two of them: not both can be ours */
+                origin = (ps_http_text){v, value};
+            } else if (ps_http_is(line, name, "sec-fetch-site", 14)) {
+                if (!ps_http_is(v, value, "same-origin", 11) && !ps_http_is(v, value, "none", 4)) f.foreign |= 2;
+            } else if (ps_http_is(line, name, "sec-fetch-mode", 14)) {
+                f.navigates = ps_http_is(v, value, "navigate", 8);
             } else if (ps_http_is(line, name, "content-length", 14)) {
                 int64_t total = 0;
                 for (size_t i = 0; i < value; i++) {
@@ -140,6 +188,7 @@ static inline ps_http_fields ps_http_scan(const char *head, size_t n) {
         }
         line = eol + 1;
     }
+    if (origin.p != NULL && (host.p == NULL || !ps_http_same_origin(origin, host))) f.foreign |= 1;
     return f;
 }
 

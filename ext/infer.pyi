@@ -31,7 +31,16 @@ class ServedModel:
     row_ns: int
     nbytes: int
     batched: bool
-    def __init__(self, name: str, version: str, runtime: Any, *, path: str | PathLike[str] | None = None) -> None: ...
+    def __init__(
+        self,
+        name: str,
+        version: str,
+        runtime: Any,
+        *,
+        path: str | PathLike[str] | None = None,
+        data: Any = None,
+        folder: str | None = None,
+    ) -> None: ...
     def infer(
         self, inputs: Sequence[tuple[str, str, Sequence[int], Any]], outputs: Sequence[str] | None = None
     ) -> list[tuple[str, str, tuple[int, ...], bytes]]: ...

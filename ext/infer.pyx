@@ -237,10 +237,11 @@ cdef class ServedModel:
     """A loaded model behind the Open Inference Protocol.
 
     runtime: what models.runtime.load gives; None for an ONNX file that is to run as it is, whatever its tensors are.
-    path: the model's file; an ONNX graph that is no tree ensemble is opened from it. Raises ValueError or OnnxError.
+    path: the model's file; an ONNX graph that is no tree ensemble is opened from it, or from `data`, its bytes, whose
+    external tensors are in `folder`. Raises ValueError or OnnxError.
     """
 
-    def __init__(self, str name, str version, runtime, *, path=None):
+    def __init__(self, str name, str version, runtime, *, path=None, data=None, folder=None):
         if self.ports.inputs != NULL:
             raise RuntimeError("ServedModel is already made")
         self.name = name
@@ -266,10 +267,10 @@ cdef class ServedModel:
             self.batched = True
             shaped = [True]
         else:
-            if path is None:
+            if path is None and data is None:
                 raise ValueError(f"{label}: an ONNX model is opened from its file; give path=")
             self.platform = "onnxruntime_onnx"
-            self.session = OnnxTensors(path, name=label)
+            self.session = OnnxTensors(path if data is None else data, external_folder=folder, name=label)
             ports = self.session.ports()
             found = _graph_ports(ports["inputs"], label, "input")
             inputs = [port for _, port in found]
@@ -280,7 +281,7 @@ cdef class ServedModel:
             if not outputs:
                 raise ValueError(f"{label}: none of its outputs is a tensor")
             self.batched = bool(inputs) and all(port.shape and port.shape[0] == -1 for port in inputs)
-            self.nbytes = os.stat(path).st_size
+            self.nbytes = os.stat(path).st_size if data is None else len(data)
             self.runtime = None
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)

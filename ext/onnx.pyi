@@ -1,5 +1,4 @@
 from collections.abc import Sequence
-from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,13 @@ class OnnxModel:
 
 class OnnxTensors:
     source: str
-    def __init__(self, path: str | PathLike[str], *, name: str | None = None) -> None: ...
+    def __init__(
+        self,
+        source: Any,
+        *,
+        external_folder: str | None = None,
+        name: str | None = None,
+    ) -> None: ...
     def ports(self) -> dict[str, list[dict[str, Any]]]: ...
 
 def choose_output(ports: list[dict[str, Any]], wanted: str | None) -> int: ...

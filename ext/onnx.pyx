@@ -496,18 +496,22 @@ cdef class OnnxModel:
 cdef class OnnxTensors:
     """A whole ONNX graph, all of its inputs and outputs, run on tensors as they are; any thread may run it.
 
-    path: of a .onnx file. Raises OnnxError with ONNX Runtime's text, ImportError without its C library.
+    source: path of a .onnx file, or its bytes, whose external tensors are in external_folder. Raises OnnxError with ONNX Runtime's text, ImportError without its C library.
     """
 
-    def __init__(self, path, *, name=None):
+    def __init__(self, source, *, external_folder=None, name=None):
         cdef char error[PS_ONNX_ERROR_BYTES]
         cdef const char *at
         cdef const char *version
         cdef ps_onnx *session
         cdef ps_onnx_options options
+        cdef const char *bytes_at = NULL
+        cdef size_t length = 0
+        cdef Py_buffer view
         if self.session != NULL:
             raise RuntimeError("OnnxTensors is already loaded")
-        self.source = os.fspath(path)
+        data = source if PyObject_CheckBuffer(source) else None
+        self.source = "<bytes>" if data is not None else os.fspath(source)
         label = name or self.source
         library = library_path()
         if library is None:
@@ -521,10 +525,19 @@ cdef class OnnxTensors:
         options.arena = False
         options.mem_pattern = False
         options.external_folder = NULL
+        folder = None if external_folder is None else os.fsencode(external_folder)
+        if folder is not None:
+            options.external_folder = folder
         encoded = os.fsencode(self.source)
         at = <const char *>encoded
+        if data is not None:
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+            bytes_at = <const char *>view.buf
+            length = view.len
         with nogil:
-            session = ps_onnx_create(at, NULL, 0, &options, error)
+            session = ps_onnx_create(at, bytes_at, length, &options, error)
+        if data is not None:
+            PyBuffer_Release(&view)
         if session == NULL:
             raise OnnxError(f"{label}: {(<bytes>error).decode(errors='replace')}")
         self.session = session

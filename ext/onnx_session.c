@@ -180,6 +180,7 @@ struct ps_onnx {
     int batched;
     size_t chosen; /* output */
     size_t n_outputs;
+    int own_output; /* the output goes into our buffer; not where its shape is another than the file declares */
     size_t out_rank;
     int64_t out_dims[PS_ONNX_MAX_RANK]; /* [0] is the row count, set per call */
     double row_seconds;
@@ -389,7 +390,7 @@ static int fit(const ps_onnx *self, call *c, size_t rows, int with_output, char 
                                      port->rank, port->type, &c->in[i]), "input tensor", error))
             return 0;
     }
-    if (with_output) {
+    if (with_output && self->own_output) {
         const ps_onnx_port *port = &self->out[self->chosen];
         int64_t dims[PS_ONNX_MAX_RANK];
         memcpy(dims, self->out_dims, sizeof dims);
@@ -522,11 +523,43 @@ static __attribute__((noinline, cold)) int fit_slow(ps_onnx *self, call *c, size
     return 0;
 }
 
+/* A run whose output ONNX Runtime allocates: given ours, it would refuse any shape that the file does not declare. */
+static __attribute__((noinline)) int run_allocating(ps_onnx *self, call *c, size_t rows, double *out) {
+    const ps_onnx_port *port = &self->out[self->chosen];
+    OrtValue *value = NULL;
+    OrtTensorInfo *info = NULL;
+    void *data = NULL;
+    size_t rank = 0, count = 1;
+    int64_t dims[PS_ONNX_MAX_RANK] = {0};
+    OrtStatus *status = ort.run(self->session, NULL, self->in_names, (const OrtValue *const *)c->in, self->n_in,
+                                (const char *const *)&port->name, 1, &value);
+    if (status == NULL)
+        status = ORT_CALL(SLOT_TENSOR_TYPE_AND_SHAPE, const OrtValue *, OrtTensorInfo **)(value, &info);
+    if (status == NULL) status = ORT_CALL(SLOT_DIMENSION_COUNT, const OrtTensorInfo *, size_t *)(info, &rank);
+    if (status == NULL && rank <= PS_ONNX_MAX_RANK)
+        status = ORT_CALL(SLOT_DIMENSIONS, const OrtTensorInfo *, int64_t *, size_t)(info, dims, rank);
+    if (status == NULL) status = ORT_CALL(SLOT_TENSOR_DATA, OrtValue *, void **)(value, &data);
+    for (size_t d = 0; d < rank && d < PS_ONNX_MAX_RANK; d++) count *= (size_t)dims[d];
+    int code = status == NULL ? 0 : run_failed(self, status);
+    if (code == 0 && (rank > PS_ONNX_MAX_RANK || count != rows * self->n_outputs)) {
+        char error[PS_ONNX_ERROR_BYTES];
+        snprintf(error, sizeof error, "output %s has %zu values for %zu rows, %zu were expected", port->name, count, rows,
+                 rows * self->n_outputs);
+        set_error(self, error);
+        code = 2;
+    }
+    if (code == 0) copy_out(port->type, data, rows * self->n_outputs, out);
+    if (info != NULL) ORT_VOID(SLOT_RELEASE_TENSOR_INFO, OrtTensorInfo *)(info);
+    if (value != NULL) ort.release_value(value);
+    return code;
+}
+
 static int run_rows(ps_onnx *self, call *c, const double *x, size_t rows, size_t stride, double *out) {
     uint32_t bad = 0;
     if (c->rows != rows && !fit_slow(self, c, rows)) return 2;
     if (!copy_in(self, c, x, rows, stride, &bad)) return null_in_integer(self, bad);
     const ps_onnx_port *port = &self->out[self->chosen];
+    if (!self->own_output) return run_allocating(self, c, rows, out);
     OrtStatus *status = ort.run(self->session, NULL, self->in_names, (const OrtValue *const *)c->in, self->n_in,
                                 (const char *const *)&port->name, 1, &c->out);
     if (status != NULL) return run_failed(self, status);
@@ -614,6 +647,10 @@ int ps_onnx_bind(ps_onnx *self, const size_t *columns, const uint32_t *gather, s
     if (!output_shape(self, 1, &self->out_rank, self->out_dims, error)) return 0;
     self->n_outputs = 1;
     for (size_t d = 1; d < self->out_rank; d++) self->n_outputs *= (size_t)self->out_dims[d];
+    const ps_onnx_port *port = &self->out[output];
+    self->own_output = port->rank == 0 || port->rank == self->out_rank; /* 0: it declares none */
+    for (size_t d = 1; d < port->rank && self->own_output; d++)
+        if (port->dims[d] >= 0 && port->dims[d] != self->out_dims[d]) self->own_output = 0;
     if (batched) {
         size_t rank = 0;
         int64_t dims[PS_ONNX_MAX_RANK];

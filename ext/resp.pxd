@@ -126,6 +126,7 @@ cdef class RespConnection(WireConnection):
         const char     *base            # of the command being worked on
         public int      protocol
         public bint     authenticated
+        public bint     refusing        # after a MULTI that was refused, until EXEC or DISCARD
         readonly int64_t id
         public bytes    name
         public dict     facts           # what CLIENT SETINFO said
@@ -170,6 +171,8 @@ cdef class RespWork(Work):
         list           events          # what could be decoded
         dict           failed          # place -> why it could not be
         list           answers
+        list           times           # of events that are only ingested,
+        list           order           # and their places by time
         Block          block
         InferCall      call
 

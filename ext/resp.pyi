@@ -71,6 +71,7 @@ class RespConnection(WireConnection):
 
     protocol: int
     authenticated: bool
+    refusing: bool
     id: int
     name: bytes
     facts: dict[str, str] | None

@@ -23,7 +23,7 @@ import msgspec
 
 from penstock.errors import EventError, InProgress, LogError, ScoringError
 
-from penstock._ext.core cimport run_block
+from penstock._ext.core cimport by_time, run_block
 from penstock._ext.decision cimport Decision, PS_SHORTEST_ROOM, number_text
 from penstock._ext.flow cimport DONE, FULL, Flow, INLINE, LATE, MORE, NATIVE, N_PRIORITIES, QUEUE
 from penstock._ext.steps cimport Source
@@ -1069,7 +1069,7 @@ cdef class RespConnection(WireConnection):
         elif length == 17:
             if is_word(name, length, b"PENSTOCK.FEATURES", 17):
                 kind = FEATURES
-        if kind == SCORE and self.authenticated:
+        if kind == SCORE and self.authenticated and not self.refusing:
             return self.score(a, n)
         if server.batch_n:
             self.flush()
@@ -1081,6 +1081,10 @@ cdef class RespConnection(WireConnection):
                     or is_word(name, length, b"QUIT", 4) or is_word(name, length, b"RESET", 5)):
                 server.error("NOAUTH", "", "Authentication required.")
                 return 0
+        if self.refusing and not (is_word(name, length, b"EXEC", 4) or is_word(name, length, b"DISCARD", 7)
+                                  or is_word(name, length, b"RESET", 5) or is_word(name, length, b"QUIT", 4)):
+            server.error("ERR", "in_transaction", "it was not done: MULTI before it was refused; EXEC or DISCARD ends this")
+            return 0
         if kind == INGEST:
             return self.ingest(a, n)
         if kind == INFER:
@@ -1557,8 +1561,13 @@ cdef class RespWork(Work):
         while self.stage == CHECKING:
             first = self.at
             self.at = min(len(self.events), first + APART)
-            core.check(self.source(), self.events, first, self.at)
+            if first == 0 and self.kind == INGEST:
+                self.times = []
+            core.check(self.source(), self.events, first, self.at, self.times)
             if self.at == len(self.events):
+                if self.kind == INGEST:
+                    self.order = by_time(self.times)
+                    self.events = [self.events[i] for i in self.order]
                 self.at = 0
                 self.stage = WORKING
             elif ps_http_now() >= until:
@@ -1634,6 +1643,8 @@ cdef class RespWork(Work):
             server.batched += self.n
         elif self.n > 1:
             server.head(b"*", self.n)
+        if self.order is not None:
+            self.answers = [answer for _, answer in sorted(zip(self.order, self.answers))]
         for i in range(self.n):
             if self.failed is not None and i in self.failed:
                 server.fail(self.failed[i], -1)

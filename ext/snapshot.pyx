@@ -120,6 +120,11 @@ def commit_load(WindowStore store not None, uint64_t size):
         store._raise(code)
 
 
+def load_is_unfit(WindowStore store not None):
+    """Whether what begin_load's memory now holds is of a format that could damage state of this layout."""
+    return store.api.load_is_unfit(store.ptr) != 0
+
+
 def cancel_load(WindowStore store not None):
     store.api.cancel_load(store.ptr)
 

@@ -29,7 +29,6 @@ class SpineRun:
         lateness: int,
         budget: int,
         width: int,
-        forgets: bool,
     ) -> None: ...
     def choose(self) -> npt.NDArray[np.int64]: ...
     def begin(
@@ -37,10 +36,13 @@ class SpineRun:
         rows: npt.NDArray[np.int64],
         places: npt.NDArray[np.int64],
         times: npt.NDArray[np.int64],
+        kinds: npt.NDArray[np.uint8],
         bounds: npt.NDArray[np.int64],
-        groups: list[tuple[int, bool, list[int]]],
-        outputs: list[tuple[int, int, bool, bytes | None]],
+        bound_times: npt.NDArray[np.int64],
+        groups: list[tuple[int, bool, bool, list[int]]],
+        outputs: list[tuple[int, int, bool, bool, bytes | None]],
         beyond: npt.NDArray[np.uint8],
+        anything: npt.NDArray[np.uint8],
     ) -> None: ...
     def feed(
         self,

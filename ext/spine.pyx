@@ -1,8 +1,10 @@
 """Rows of a user's spine as of their own (T, K), from the event log (hot path): one store, one partition of its keys.
 
 Records are taken in the order of the log and rows in the order of their bounds: a row is read when every event that it
-may see is applied, and none beyond. What must stay true: events go through Core.advance as when they were scored, with
-the watermark of all of the event type's events, so that a value does not depend on how keys are split over partitions.
+may see is applied, and none beyond. A row that is one of the log's events is read as when that was scored: just before
+it, and views with include_request_event just after it. What must stay true: events go through Core.advance as when they
+were scored, with the watermark of all of the event type's events, so that a value does not depend on how keys are split
+over partitions.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -16,25 +18,25 @@ import numpy as np
 from penstock.errors import EngineError, LogError
 
 from penstock._ext.core cimport Core
-from penstock._ext.decision cimport OUTCOME_APPLIED, slot_value
+from penstock._ext.decision cimport OUTCOME_APPLIED, OUTCOME_DUPLICATE, slot_value
 from penstock._ext.event_record cimport PS_RECORD_EVENT, PS_RECORD_MISFIT, ps_record, ps_record_read
 from penstock._ext.events cimport ColumnSet, EventReader, ps_arena_append
 from penstock._ext.history cimport EventMapping
 from penstock._ext.log cimport RecordSchemas
 from penstock._ext.row cimport (
-    PS_AGED, PS_FLOAT64, PS_NULL_VALUE, PS_OUTSIDE_MAX_AGE, PS_PRESENT, PS_STR, PS_STR_LENGTH, PS_STR_OFFSET, ps_slot,
+    PS_AGED, PS_FLOAT64, PS_INVALID, PS_NULL_VALUE, PS_OUTSIDE_MAX_AGE, PS_PRESENT, PS_STR, PS_STR_LENGTH, PS_STR_OFFSET, ps_slot,
 )
 from penstock._ext.steps cimport MAX_COLUMNS, Pipe, Source, SourceC, Use, checked
 from penstock._ext.windows cimport WindowStore, ps_arena, ps_event, ps_handle
 
 cdef enum:
-    BY_INGEST_TIME = 0        # a row sees what was ingested up to its bound
-    BY_SEQUENCE = 1           # what the log holds before its bound
-    BACKFILL = 2              # every event, in the order S6
+    BY_SEQUENCE = 0           # a row sees what the log holds before its bound
+    BACKFILL = 1              # every event before it, in the order S6: by event time, then as in the log, whose ingest clock
+                              # never goes back (S14)
     AHEAD = 6                 # steps before an entity is needed that it is asked for
     TOO_LARGE = -3
 
-MODES = {"ingest_time": BY_INGEST_TIME, "sequence": BY_SEQUENCE, "backfill": BACKFILL}
+MODES = {"sequence": BY_SEQUENCE, "backfill": BACKFILL}
 
 
 cdef class SpineRun:
@@ -42,11 +44,12 @@ cdef class SpineRun:
 
     core: of `source` alone, whose one store is `store`. reader, columns: the spine as events; key: (slot, is an integer,
     becomes an integer, may be null). part, parts: keys whose hash falls on `part` of `parts`. mode: see MODES. lateness:
-    rows older than the watermark by more are set aside (`beyond`). budget: bytes that kept events may take.
+    rows as of their time alone that are older than the watermark by more are set aside (`beyond`). budget: bytes that
+    kept events may take.
     """
 
     def __cinit__(self, Core core, Source source, WindowStore store, EventReader reader, ColumnSet columns, tuple key,
-                  int part, int parts, str mode, int64_t lateness, uint64_t budget, int width, bint forgets):
+                  int part, int parts, str mode, int64_t lateness, uint64_t budget, int width):
         self.core = core
         self.source = source
         self.store = store
@@ -59,7 +62,6 @@ cdef class SpineRun:
         self.lateness = lateness
         self.budget = budget
         self.width = width
-        self.forgets = forgets and self.mode == BACKFILL
         self.slots = <ps_slot *>checked(width, sizeof(ps_slot))
         self.status = <uint8_t *>checked(width, 1)
         self.block_slots = <ps_slot *>checked(OPS * width, sizeof(ps_slot))
@@ -68,7 +70,6 @@ cdef class SpineRun:
         self.out = <ps_slot *>checked(len(store.outputs), sizeof(ps_slot))
         self.out_status = <uint8_t *>checked(len(store.outputs), 1)
         self.expected = -1
-        self.newest_ingest = -(<int64_t>1 << 62)
 
     def __dealloc__(self):
         cdef int i
@@ -93,9 +94,8 @@ cdef class SpineRun:
         free(self.kept_slots)
         free(self.kept_status)
         free(self.kept_time)
-        free(self.kept_ingest)
+        free(self.kept_place)
         free(self.kept.data)
-        free(self.all_times)
 
     cdef int partition_of(self, uint64_t partition) noexcept nogil:
         return <int>((partition >> 32) % <uint64_t>self.parts)
@@ -147,15 +147,18 @@ cdef class SpineRun:
         return rows[:count].copy()
 
     def begin(self, const int64_t[::1] rows, const int64_t[::1] places, const int64_t[::1] times,
-              const int64_t[::1] bounds, list groups, list outputs, uint8_t[::1] beyond):
-        """The rows to read, by bound: number in the spine, place in the partition, T, bound (all by position).
+              const uint8_t[::1] kinds, const int64_t[::1] bounds, const int64_t[::1] bound_times, list groups,
+              list outputs, uint8_t[::1] beyond, uint8_t[::1] anything):
+        """The rows to read, by bound: number in the spine, place in the partition, T, kind and bound (all by position);
+        with backfill the bound is (time, sequence).
 
-        groups: (group, counts the row as an event, [output or -1 per output of the group]). outputs: (address of 8 bytes
-        and of a status byte per place, is a string, default: None, 8 bytes, or the text of a string).
+        groups: (group, the row's own event counts (S8), the row counts as an event where it is none of the log's, [output
+        or -1 per output of the group]). outputs: (address of 8 bytes and of a status byte per place, is a string, counts,
+        default: None, 8 bytes, or the text of a string). anything: set where a row has a value that is no count of 0.
         """
         cdef int i, j
         cdef SpineOutput *output
-        self.keep = (rows, places, times, bounds, outputs, beyond)
+        self.keep = (rows, places, times, kinds, bounds, bound_times, outputs, beyond, anything)
         self.n_rows = rows.shape[0]
         self.next_row = 0
         self.n_beyond = 0
@@ -163,14 +166,19 @@ cdef class SpineRun:
             self.rows = &rows[0]
             self.places = &places[0]
             self.times = &times[0]
+            self.kinds = &kinds[0]
             self.bounds = &bounds[0]
+            self.bound_times = &bound_times[0]
             self.beyond = &beyond[0]
+            self.anything = &anything[0]
         self.hashes = <uint64_t *>checked(self.n_rows, sizeof(uint64_t))
         self.n_groups = len(groups)
         self.groups = <SpineGroup *>checked(len(groups), sizeof(SpineGroup))
-        for i, (group, with_event, wanted) in enumerate(groups):
+        for i, (group, with_own, with_row, wanted) in enumerate(groups):
             self.groups[i].group = group
-            self.groups[i].with_event = with_event
+            self.groups[i].with_own = with_own
+            self.groups[i].with_row = with_row
+            self.any_own = self.any_own or with_own
             self.groups[i].n = len(wanted)
             self.groups[i].outputs = <int *>checked(len(wanted), sizeof(int))
             for j in range(len(wanted)):
@@ -178,11 +186,12 @@ cdef class SpineRun:
         self.n_outputs = len(outputs)
         self.outputs = <SpineOutput *>checked(len(outputs), sizeof(SpineOutput))
         self.kept_texts = <ps_arena *>checked(len(outputs), sizeof(ps_arena))
-        for i, (data, status, is_string, default) in enumerate(outputs):
+        for i, (data, status, is_string, counts, default) in enumerate(outputs):
             output = &self.outputs[i]
             output.data = <ps_slot *><uintptr_t>data
             output.status = <uint8_t *><uintptr_t>status
             output.is_string = is_string
+            output.counts = counts
             output.has_default = default is not None
             if default is not None and is_string:
                 output.text = PyBytes_AS_STRING(default)
@@ -215,7 +224,8 @@ cdef class SpineRun:
         cdef void *kinds[256]
         cdef int n_mappings = len(mappings)
         cdef int i, code = 0
-        cdef int64_t until = self.events + most
+        cdef int64_t until = self.events + most, first
+        cdef bint here
         if n_mappings != schemas.n:
             raise LogError(f"expected {schemas.n} mappings, one per schema, got {n_mappings}")
         if end > <uint64_t>data.shape[0]:
@@ -239,19 +249,18 @@ cdef class SpineRun:
                             raise LogError(f"events {self.expected} to {r.sequence - 1} are missing before offset {at}")
                     self.expected = r.sequence + 1
                     self.events += 1
-                    if r.ingest_time > self.newest_ingest:
-                        self.newest_ingest = r.ingest_time
-                    if self.mode == BY_INGEST_TIME:
-                        code = self.read_until(self.newest_ingest)
-                    elif self.mode == BY_SEQUENCE:
-                        code = self.read_until(r.sequence + 1)
-                    if self.next_row == self.n_rows:
+                    here = r.schema < n_mappings and kinds[r.schema] != NULL
+                    first = self.next_row
+                    if self.mode == BY_SEQUENCE:
+                        code = self.read_until(r.sequence + 1, r.sequence if here else -1)
+                    if self.next_row == self.n_rows and not self.waits(first, r.sequence, here):
                         break
-                    if code == 0 and r.outcome == OUTCOME_APPLIED and kinds[r.schema] != NULL:
-                        if self.mode == BACKFILL:
-                            code = self.keep_event(r, <EventMapping>kinds[r.schema])
-                        else:
-                            code = self.take(r, <EventMapping>kinds[r.schema])
+                    if code == 0 and here and self.mode == BACKFILL:
+                        code = self.keep_event(r, <EventMapping>kinds[r.schema])
+                    elif code == 0 and here and r.outcome == OUTCOME_APPLIED:
+                        code = self.take(r, <EventMapping>kinds[r.schema])
+                    if code == 0 and self.mode == BY_SEQUENCE and self.waits(first, r.sequence, here):
+                        code = self.read_behind(first, r, <EventMapping>kinds[r.schema])
                 at += length
             if code == 0:
                 code = self.run_queue()
@@ -270,22 +279,18 @@ cdef class SpineRun:
     def finish(self):
         """The log has ended: read the rows that still wait. False where memory was too small."""
         cdef int code = 0
-        cdef int64_t[::1] order, times
+        cdef int64_t[::1] order
         if self.mode == BACKFILL and self.next_row < self.n_rows:
             ordered = np.empty(0, dtype=np.int64)
             if self.n_kept:
-                ordered = np.lexsort((np.asarray(<int64_t[:self.n_kept]>self.kept_ingest),
-                                      np.asarray(<int64_t[:self.n_kept]>self.kept_time))).astype(np.int64)
-            every = np.empty(0, dtype=np.int64)
-            if self.n_times:
-                every = np.sort(np.asarray(<int64_t[:self.n_times]>self.all_times), kind="stable")
+                # Kept in the order of the log: the sort is stable.
+                ordered = np.argsort(np.asarray(<int64_t[:self.n_kept]>self.kept_time), kind="stable").astype(np.int64)
             order = ordered
-            times = every
             with nogil:
-                code = self.replay(&order[0] if self.n_kept else NULL, &times[0] if self.n_times else NULL)
+                code = self.replay(&order[0] if self.n_kept else NULL)
         elif self.mode != BACKFILL:
             with nogil:
-                code = self.read_until(<int64_t>((<uint64_t>1 << 63) - 1))
+                code = self.read_until(<int64_t>((<uint64_t>1 << 63) - 1), -1)
                 if code == 0:
                     code = self.run_queue()
         if code == TOO_LARGE:
@@ -318,7 +323,7 @@ cdef class SpineRun:
         partition = self.key_partition()
         if self.partition_of(partition) == self.part:
             self.note_key(partition)
-            code = self.queue(-1, self.key_hash(), slots, status, &self.block)
+            code = self.queue(-1, WHOLE, self.key_hash(), slots, status, &self.block)
             if code != 0:
                 return code
         else:
@@ -327,7 +332,8 @@ cdef class SpineRun:
             self.watermark = at
         return 0
 
-    cdef int queue(self, int64_t row, uint64_t hash, ps_slot *slots, uint8_t *status, ps_arena *arena) noexcept nogil:
+    cdef int queue(self, int64_t row, int part, uint64_t hash, ps_slot *slots, uint8_t *status,
+                   ps_arena *arena) noexcept nogil:
         """A step more; the steps that wait are run where there are many."""
         cdef int code
         cdef SpineOp *op
@@ -337,6 +343,7 @@ cdef class SpineRun:
                 return code
         op = &self.ops[self.n_ops]
         op.row = row
+        op.part = part
         op.watermark = self.watermark
         op.hash = hash
         op.slots = slots
@@ -357,7 +364,10 @@ cdef class SpineRun:
             op = &self.ops[i]
             if op.watermark > self.source.c.watermark:
                 self.source.c.watermark = op.watermark
-            code = self.read_row(op.row) if op.row >= 0 else self.apply(op.slots, op.status, op.arena, op.hash)
+            if op.row >= 0:
+                code = self.read_row(op.row, op.part, op.slots, op.status, op.arena)
+            else:
+                code = self.apply(op.slots, op.status, op.arena, op.hash)
             if code != 0:
                 return code
         self.n_ops = 0
@@ -377,17 +387,62 @@ cdef class SpineRun:
         self.applied += 1
         return 0
 
-    cdef int read_until(self, int64_t bound) noexcept nogil:
-        """The rows whose bound is below are the next steps."""
+    cdef int read_until(self, int64_t bound, int64_t own) noexcept nogil:
+        """The rows whose bound is below are the next steps. own: the sequence of an event of this source that comes next:
+        of rows that are it, views that count it wait."""
         cdef int code
+        cdef int64_t i
         while self.next_row < self.n_rows and self.bounds[self.next_row] < bound:
-            code = self.queue(self.next_row, self.hashes[self.next_row], NULL, NULL, NULL)
+            i = self.next_row
+            code = self.queue(i, BEFORE if self.is_own(i, own) else WHOLE, self.hashes[i], NULL, NULL, NULL)
             if code != 0:
                 return code
             self.next_row += 1
         return 0
 
-    cdef int read_row(self, int64_t index) noexcept nogil:
+    cdef bint is_own(self, int64_t i, int64_t sequence) noexcept nogil:
+        """Whether a row is the event with this sequence, and some view counts it."""
+        return self.any_own and self.kinds[i] == OWN and self.bounds[i] == sequence
+
+    cdef bint waits(self, int64_t first, int64_t sequence, bint here) noexcept nogil:
+        """Whether a row from `first` on is to be read behind the event with this sequence."""
+        cdef int64_t i
+        if here:
+            for i in range(first, self.next_row):
+                if self.is_own(i, sequence):
+                    return True
+        return False
+
+    cdef int read_behind(self, int64_t first, const ps_record *r, EventMapping mapping) noexcept nogil:
+        """The rows that are this event, through the views that count it. One that was not applied counts for them alone,
+        as when it was scored."""
+        cdef int64_t i
+        cdef int code = 0
+        cdef uint64_t erased
+        cdef ps_slot *slots
+        cdef uint8_t *status
+        for i in range(first, self.next_row):
+            if code != 0:
+                return code
+            if not self.is_own(i, r.sequence):
+                continue
+            if r.outcome == OUTCOME_APPLIED:
+                code = self.queue(i, BEHIND, self.hashes[i], NULL, NULL, NULL)
+                continue
+            if self.n_ops == OPS:
+                code = self.run_queue()
+                if code != 0:
+                    return code
+            slots = self.block_slots + self.n_ops * self.width
+            status = self.block_status + self.n_ops * self.width
+            if mapping.read(r, slots, status, &self.block, &erased) != 0:
+                return -1
+            code = self.queue(i, BEHIND, self.hashes[i], slots, status, &self.block)
+        return code
+
+    cdef int read_row(self, int64_t index, int part, ps_slot *own_slots, uint8_t *own_status,
+                      ps_arena *own_arena) noexcept nogil:
+        """One row, through the views that the part says. own_slots: its own event, where that was not applied."""
         cdef int64_t place = self.places[index], at = self.times[index]
         cdef ps_slot values[MAX_COLUMNS]
         cdef uint8_t statuses[MAX_COLUMNS]
@@ -398,9 +453,9 @@ cdef class SpineRun:
         cdef SpineOutput *output
         cdef Use *use = &self.source.c.uses[0]
         cdef int g, j, k
-        cdef uint8_t status
+        cdef uint8_t status, kind = self.kinds[index]
         cdef bint has_event = False
-        if self.source.c.watermark - at > self.lateness:
+        if self.source.c.watermark - at > self.lateness and (kind == AS_OF or self.mode == BACKFILL):
             self.beyond[place] = 1
             self.n_beyond += 1
             return 0
@@ -414,24 +469,19 @@ cdef class SpineRun:
         self.found.used = 0
         for g in range(self.n_groups):
             group = &self.groups[g]
+            if part != WHOLE and group.with_own != (part == BEHIND):
+                continue
             extra = NULL
-            if group.with_event:
+            if part == BEHIND and own_slots != NULL and own_slots[self.source.c.time].i <= at:
                 if not has_event:
                     has_event = True
-                    for j in range(use.n_columns):
-                        values[j] = self.slots[use.fields[j]]
-                        statuses[j] = self.status[use.fields[j]]
-                    event.event_time = at
-                    event.ingest_time = at
-                    event.log_id = 0
-                    event.sequence = 0
-                    event.values = values
-                    event.status = statuses
-                    event.arena = self.arena.data
-                    event.where_mask = 0
-                    for j in range(use.n_where):
-                        if use.expressions.test(use.programs[j], self.slots, self.status, self.arena.data) == 1:
-                            event.where_mask |= <uint64_t>1 << j
+                    self.as_event(own_slots[self.source.c.time].i, own_slots, own_status, own_arena, values, statuses,
+                                  &event)
+                extra = &event
+            elif group.with_row and (kind == AS_OF or kind == SERVED):
+                if not has_event:
+                    has_event = True
+                    self.as_event(at, self.slots, self.status, &self.arena, values, statuses, &event)
                 extra = &event
             if self.store.api.read(self.store.ptr, handle, group.group, at, extra, self.out, self.out_status,
                                    &self.found) != 0:
@@ -442,45 +492,59 @@ cdef class SpineRun:
                     continue
                 output = &self.outputs[k]
                 status = self.out_status[j]
+                if status & 7 == PS_PRESENT and not (output.counts and self.out[j].i == 0):
+                    self.anything[place] = 1
                 if output.is_string:
                     output.data[place].u = 0
                     if status & 7 == PS_PRESENT:
                         if ps_arena_append(&self.kept_texts[k], self.found.data + PS_STR_OFFSET(self.out[j].u),
                                            PS_STR_LENGTH(self.out[j].u), &output.data[place].u) != 0:
                             return TOO_LARGE
-                    elif output.has_default:
+                    elif output.has_default and status & 7 != PS_INVALID:
                         if ps_arena_append(&self.kept_texts[k], output.text, output.value.u, &output.data[place].u) != 0:
                             return TOO_LARGE
                 else:
                     output.data[place] = self.out[j]
-                    if status & 7 != PS_PRESENT and output.has_default:
+                    if status & 7 != PS_PRESENT and status & 7 != PS_INVALID and output.has_default:
                         output.data[place] = output.value
-                if status & 7 != PS_PRESENT and output.has_default:
+                if status & 7 != PS_PRESENT and status & 7 != PS_INVALID and output.has_default:
                     status = PS_PRESENT | (PS_AGED if status & 7 == PS_OUTSIDE_MAX_AGE else 0)
                 output.status[place] = status
         return 0
 
+    cdef void as_event(self, int64_t at, ps_slot *slots, uint8_t *status, ps_arena *arena, ps_slot *values,
+                       uint8_t *statuses, ps_event *event) noexcept nogil:
+        """A row, or an event that was not applied, as the newest event of its time."""
+        cdef Use *use = &self.source.c.uses[0]
+        cdef int j
+        for j in range(use.n_columns):
+            values[j] = slots[use.fields[j]]
+            statuses[j] = status[use.fields[j]]
+        event.event_time = at
+        event.ingest_time = at
+        event.log_id = 0
+        event.sequence = 0
+        event.values = values
+        event.status = statuses
+        event.arena = arena.data
+        event.where_mask = 0
+        for j in range(use.n_where):
+            if use.expressions.test(use.programs[j], slots, status, arena.data) == 1:
+                event.where_mask |= <uint64_t>1 << j
+
     # backfill
 
     cdef int keep_event(self, const ps_record *r, EventMapping mapping) noexcept nogil:
+        """An event that was applied; one that was not, where a row may be it and counts it."""
         cdef uint64_t erased, partition
         cdef int64_t at, room
         cdef void *memory
+        if r.outcome != OUTCOME_APPLIED and (r.outcome == OUTCOME_DUPLICATE or not self.any_own):
+            return 0
         self.arena.used = 0
         if mapping.read(r, self.slots, self.status, &self.arena, &erased) != 0:
             return -1
         at = self.slots[self.source.c.time].i
-        if self.forgets:
-            if self.n_times == self.times_room:
-                room = 2 * self.times_room + 4096
-                memory = realloc(self.all_times, 8 * room) if <uint64_t>(8 * room) <= self.budget else NULL
-                if memory == NULL:
-                    self.hopeless = True
-                    return TOO_LARGE
-                self.all_times = <int64_t *>memory
-                self.times_room = room
-            self.all_times[self.n_times] = at
-            self.n_times += 1
         self.core.prepare_keys(self.source.c.keys, 1, self.slots, &self.arena, &self.keys)
         partition = self.key_partition()
         if self.partition_of(partition) != self.part:
@@ -502,49 +566,62 @@ cdef class SpineRun:
             if memory == NULL:
                 return self.large()
             self.kept_time = <int64_t *>memory
-            memory = realloc(self.kept_ingest, room * 8)
+            memory = realloc(self.kept_place, room * 8)
             if memory == NULL:
                 return self.large()
-            self.kept_ingest = <int64_t *>memory
+            self.kept_place = <int64_t *>memory
             self.room = room
         if mapping.read(r, self.kept_slots + self.n_kept * self.width, self.kept_status + self.n_kept * self.width,
                         &self.kept, &erased) != 0:
             return self.large()
         self.kept_time[self.n_kept] = at
-        self.kept_ingest[self.n_kept] = r.ingest_time
+        self.kept_place[self.n_kept] = r.sequence if r.outcome == OUTCOME_APPLIED else ~r.sequence
         self.n_kept += 1
         return 0
 
-    cdef int replay(self, const int64_t *order, const int64_t *times) noexcept nogil:
-        """The kept events in the order S6, and each row when all events up to its T are applied."""
-        cdef int64_t i, k, at, seen = 0
+    cdef bint stands_before(self, int64_t row, int64_t k, int64_t sequence) noexcept nogil:
+        """Whether a row is read before a kept event is applied: the event is behind it in the order S6, or is it."""
+        if self.bound_times[row] != self.kept_time[k]:
+            return self.bound_times[row] < self.kept_time[k]
+        return self.bounds[row] <= sequence
+
+    cdef int replay(self, const int64_t *order) noexcept nogil:
+        """The kept events in the order S6, and each row when all events that it sees are applied."""
+        cdef int64_t i, j, k = 0, at = 0, first, sequence = -1
         cdef int code
+        cdef bint applied = False
         cdef ps_slot *slots
+        cdef uint8_t *status
         for i in range(self.n_kept + 1):
-            at = self.kept_time[order[i]] if i < self.n_kept else <int64_t>((<uint64_t>1 << 63) - 1)
-            while self.next_row < self.n_rows and self.times[self.next_row] < at:
-                while seen < self.n_times and times[seen] <= self.times[self.next_row]:
-                    seen += 1
-                if seen and times[seen - 1] > self.watermark:
-                    self.watermark = times[seen - 1]
-                code = self.queue(self.next_row, self.hashes[self.next_row], NULL, NULL, NULL)
+            if i < self.n_kept:
+                k = order[i]
+                at = self.kept_time[k]
+                applied = self.kept_place[k] >= 0
+                sequence = self.kept_place[k] if applied else ~self.kept_place[k]
+            first = self.next_row
+            while self.next_row < self.n_rows and (i == self.n_kept or self.stands_before(self.next_row, k, sequence)):
+                j = self.next_row
+                code = self.queue(j, BEFORE if i < self.n_kept and self.is_own(j, sequence) else WHOLE, self.hashes[j],
+                                  NULL, NULL, NULL)
                 if code != 0:
                     return code
                 self.next_row += 1
-            if i == self.n_kept or self.next_row == self.n_rows:
+            if i == self.n_kept or (self.next_row == self.n_rows and not self.waits(first, sequence, True)):
                 return self.run_queue()
-            # Where idle entities are forgotten, the watermark is that of all events before this one's time.
-            while seen < self.n_times and times[seen] < at:
-                seen += 1
-            if seen and times[seen - 1] > self.watermark:
-                self.watermark = times[seen - 1]
-            k = order[i]
             slots = self.kept_slots + k * self.width
-            self.core.prepare_keys(self.source.c.keys, 1, slots, &self.kept, &self.keys)
-            code = self.queue(-1, self.key_hash(), slots, self.kept_status + k * self.width, &self.kept)
-            if code != 0:
-                return code
-            self.watermark = max(self.watermark, at)
+            status = self.kept_status + k * self.width
+            if applied:
+                self.core.prepare_keys(self.source.c.keys, 1, slots, &self.kept, &self.keys)
+                code = self.queue(-1, WHOLE, self.key_hash(), slots, status, &self.kept)
+                if code != 0:
+                    return code
+                self.watermark = max(self.watermark, at)
+            for j in range(first, self.next_row):
+                if not self.is_own(j, sequence):
+                    continue
+                code = self.queue(j, BEHIND, self.hashes[j], NULL if applied else slots, status, &self.kept)
+                if code != 0:
+                    return code
         return 0
 
     def text_column(self, int index, const uint64_t[::1] slots, const uint8_t[::1] status):

@@ -177,11 +177,17 @@ int ps_trees_simd_of(const ps_trees *m) { return m->simd; }
 int ps_trees_mask_bits(const ps_trees *m) { return m->layout == PS_LAYOUT_MASKS ? m->mask_bits : 0; }
 size_t ps_trees_bytes(const ps_trees *m) { return m->bytes; }
 
+#define MARGIN_EPS 1e-6f /* XGBoost's kRtEps */
+
 float ps_trees_xgboost_margin(float base_score, int link) {
     if (link == 1)
         return -logf(1.0f / base_score - 1.0f);
     if (link == 2)
         return logf(base_score);
+    if (link == 3) { /* of the step from one expectile to the next */
+        float step = base_score - MARGIN_EPS > MARGIN_EPS ? base_score - MARGIN_EPS : MARGIN_EPS;
+        return step + logf(-expm1f(-step));
+    }
     return base_score;
 }
 
@@ -971,6 +977,11 @@ static float sigmoid32(float x) {
     return 1.0f / (expf(y) + 1.0f);
 }
 
+static int ascending(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
 static void finish(const ps_trees *m, double *acc, uint8_t *has, double *out, int raw, int32_t *label) {
     uint32_t n = m->n_raw;
     /* LightGBM's raw scores of a random forest are sums: it averages with the transform. */
@@ -1039,6 +1050,26 @@ static void finish(const ps_trees *m, double *acc, uint8_t *has, double *out, in
     case PS_TREES_HINGE:
         for (uint32_t k = 0; k < n; k++)
             out[k] = acc[k] > 0;
+        break;
+    case PS_TREES_SORTED:
+        memcpy(out, acc, n * sizeof *out);
+        if (n > 16) {
+            qsort(out, n, sizeof *out, ascending);
+            break;
+        }
+        for (uint32_t k = 1; k < n; k++) {
+            uint32_t at = k;
+            for (double v = acc[k]; at > 0 && out[at - 1] > v; at--)
+                out[at] = out[at - 1];
+            out[at] = acc[k];
+        }
+        break;
+    case PS_TREES_ADDED_UP_F32:
+        out[0] = acc[0];
+        for (uint32_t k = 1; k < n; k++) {
+            float x = (float)acc[k], step = (x > 0 ? x : 0) + log1pf(expf(-fabsf(x)));
+            out[k] = (float)out[k - 1] + (MARGIN_EPS + step);
+        }
         break;
     default:
         memcpy(out, acc, n * sizeof *out);

@@ -28,8 +28,10 @@ enum ps_trees_transform {
     PS_TREES_EXP_F32 = 8,
     PS_TREES_ARGMAX = 9, /* one output: the first class with the largest raw score */
     PS_TREES_HINGE = 10, /* 1 when raw > 0, else 0 */
-    PS_TREES_ONNX_REGRESSOR = 11,
-    PS_TREES_ONNX_CLASSIFIER = 12
+    PS_TREES_SORTED = 11,      /* a row's scores in ascending order: quantiles that do not cross */
+    PS_TREES_ADDED_UP_F32 = 12, /* the first score, then each the one before + 1e-6 + softplus(raw): expectiles */
+    PS_TREES_ONNX_REGRESSOR = 13,
+    PS_TREES_ONNX_CLASSIFIER = 14
 };
 
 /* post_transform of the two ONNX operators. */

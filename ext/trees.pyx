@@ -223,7 +223,7 @@ cdef class TreeModel:
 
 
 def xgboost_margin(float base_score, int link):
-    """The margin that XGBoost starts from, in its own float32 arithmetic. link: 0 none, 1 logit, 2 log."""
+    """The margin that XGBoost starts from, in its own float32 arithmetic. link: 0 none, 1 logit, 2 log, 3 softplus."""
     return ps_trees_xgboost_margin(base_score, link)
 
 

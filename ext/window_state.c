@@ -2640,12 +2640,17 @@ static int head_within(const ps_store *S, const map_t *m) {
     return table_within(m, &m->entities) && table_within(m, &m->strings);
 }
 
+static int store_load_is_unfit(const ps_store *S) {
+    const map_t *head = (const map_t *)S->loading;
+    return head && head->magic == MAGIC && head->format == 1 && S->format_1_unfit;
+}
+
 static int store_commit_load(ps_store *S, uint64_t size) {
     const map_t *head = (const map_t *)S->loading;
     int error = PS_STORE_OK;
     if (!head || size > S->loading_committed) error = PS_STORE_DUMP_SIZE;
     else if (head->magic != MAGIC || head->format < 1 || head->format > FORMAT) error = PS_STORE_DUMP_FORMAT;
-    else if (head->format == 1 && S->format_1_unfit) error = PS_STORE_DUMP_UNFIT;
+    else if (store_load_is_unfit(S)) error = PS_STORE_DUMP_UNFIT;
     else if (head->fingerprint != S->fingerprint || head->blob_bytes != S->blob_units * UNIT)
         error = PS_STORE_DUMP_FINGERPRINT;
     else if (size % UNIT || head->bump != size / UNIT) error = PS_STORE_DUMP_SIZE;
@@ -2778,7 +2783,7 @@ static const ps_store_api api = {
     store_read,  store_version,  store_sweep,         store_stats,        store_log_position,   store_forget_unused,
     store_miss_before, store_reserve, store_small_pages, store_erase, store_next, store_key,
     ps_store_bytes, store_begin_load, store_commit_load, store_cancel_load,
-    key_partition, store_seed, store_reseed,
+    store_load_is_unfit, key_partition, store_seed, store_reseed,
 };
 
 const ps_store_api *ps_store_get_api(void) { return &api; }

@@ -186,6 +186,9 @@ typedef struct {
     int (*begin_load)(ps_store *, uint64_t size, void **at);
     int (*commit_load)(ps_store *, uint64_t size);
     void (*cancel_load)(ps_store *);
+    /* Whether what the caller has filled in is of format 1 and of a layout that format 1 could damage, or whose ttl
+     * released entities: commit would refuse it, and it is to be built anew. */
+    int (*load_is_unfit)(const ps_store *);
     /* Of a key, the same in every store and process, and known to everybody: says which part of some work it is in (by
      * its upper half), and never where it lies in a table. */
     uint64_t (*partition)(const ps_key *);

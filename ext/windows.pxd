@@ -89,6 +89,7 @@ cdef extern from "window_state.h" nogil:
         int (*begin_load)(ps_store *, uint64_t, void **) noexcept nogil
         int (*commit_load)(ps_store *, uint64_t) noexcept nogil
         void (*cancel_load)(ps_store *) noexcept nogil
+        int (*load_is_unfit)(const ps_store *) noexcept nogil
         uint64_t (*partition)(const ps_key *) noexcept nogil
         void (*seed)(const ps_store *, uint64_t *) noexcept nogil
         int (*reseed)(ps_store *, const uint64_t *) noexcept nogil

@@ -914,6 +914,19 @@ def test_several_events_are_all_or_nothing():
     assert [d.outcome for d in engine.core.score_many(0, rows[:17])] == ["applied"] * 17
     assert engine.core.ingest_many(0, rows[:2]) == ["applied"] * 2
     assert engine.core.score_many(0, []) == []
+    assert engine.core.ingest_many(0, []) == []
+
+
+def test_several_events_are_ingested_by_time_and_answered_as_they_were_given():
+    engine = make("wall")
+    now = int(time.time() * SECOND)
+    times = [now, now - 5000 * SECOND, now + 10**6 * SECOND, now - 9000 * SECOND, now - 4000 * SECOND, now]
+    assert engine.core.ingest_many(0, [payment(at=at) for at in times]) == [
+        "applied", "applied", "quarantined", "applied", "applied", "applied",
+    ]  # fmt: skip
+    assert engine.core.ingest_many(0, [payment(at=at) for at in times]) == [
+        "applied", "late", "quarantined", "late", "late", "applied",
+    ]  # fmt: skip
 
 
 # decisions

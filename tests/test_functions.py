@@ -432,3 +432,35 @@ def test_a_cache_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path
     blocked.write_text("")
     monkeypatch.setenv("PENSTOCK_CACHE", str(blocked))
     assert compile_function(ratio, ["float64", "float64"], "float64")(1.0, 2.0) == 0.5
+
+
+def test_without_numba_a_function_is_called_in_python_unless_it_says_native(monkeypatch):
+    import penstock
+    from penstock import functions
+
+    class Tap(penstock.Event):
+        who: str
+        amount: float
+        at: penstock.Timestamp
+
+    def night(at: penstock.Timestamp) -> bool:
+        return at.hour <= 6
+
+    def ratio(amount: float) -> float:
+        return 1 / amount
+
+    def scored(**mode):
+        made = [penstock.on_demand_feature_view(**mode)(fn) for fn in (night, ratio)]
+        app = {"p": penstock.Pipeline("p", event=Tap, features=["amount", *made])}
+        engine = penstock.Engine(app, clock="event")
+        rows = [(0.0, "2026-01-01T03:00:00Z"), (4.0, "2026-01-01T13:00:00Z")]
+        return [engine.score({"who": "a", "amount": a, "at": at}, explain=True).features for a, at in rows]
+
+    native = scored()
+    assert functions.mode_of(None) == "native"
+    monkeypatch.setattr(functions, "_numba_version", lambda: None)
+    assert [functions.mode_of(mode) for mode in (None, "native", "python")] == ["python", "native", "python"]
+    assert scored() == native == scored(mode="python")
+    assert native[0] == {"amount": 0.0, "night": True, "ratio": None}
+    with pytest.raises(penstock.DefinitionError, match="native code needs numba"):
+        scored(mode="native")

@@ -3,6 +3,7 @@
 What must stay true: a refused table has changed nothing, and the error names the row and the column.
 """
 
+import warnings
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -12,7 +13,18 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from penstock import Aggregation, Engine, Event, EventError, FeatureView, PenstockError, Pipeline, Rule, Timestamp
+from penstock import (
+    Aggregation,
+    Engine,
+    Event,
+    EventError,
+    FeatureView,
+    Lifetime,
+    PenstockError,
+    Pipeline,
+    Rule,
+    Timestamp,
+)
 
 SECOND = 10**6
 T0 = 1_700_000_000 * SECOND
@@ -293,7 +305,8 @@ def at_row(row, name, value):
         ({"y": at_row(255, "y", float("-inf"))}, "[255].y", "expected a finite number (the field is aggregated)"),
         ({"at": at_row(3, "at", None)}, "[3].at", "the event time is missing (null)"),
         ({"at": pa.array([1.5] * 300)}, ".at", "expected a column of timestamp, got double"),
-        ({"at": pa.array(["2020"] * 300)}, ".at", "expected a column of timestamp, got string"),
+        ({"at": pa.array(["2020"] * 300)}, "[0].at", "expected a time such as 2018-04-01T00:00:00Z, got '2020'"),
+        ({"at": pa.array([b"2020-01-01"] * 300)}, ".at", "expected a column of timestamp, got binary"),
         ({"at": at_row(9, "at", 2**62)}, "[9].at", "expected a time between the years 1 and 9999"),
         ({"t": at_row(9, "t", -(2**62))}, "[9].t", "expected a time between the years 1 and 9999"),
         ({"at": pa.array([2**60] * 300, pa.timestamp("s"))}, ".at", "the column does not fit timestamp"),
@@ -455,3 +468,128 @@ def test_features_of_a_repeated_event_are_read_anew_beside_the_first_decision():
     assert result["action"].to_pylist() == ["approve", "many", "approve"]
     assert result["id"][2] == result["id"][0]
     assert result["v.count_1h"].to_pylist() == [1, 2, 2]
+
+
+class Visit(Event, lateness="1h"):
+    who: str
+    amount: float
+    at: Timestamp
+
+
+visits = FeatureView(
+    "visits",
+    entity="who",
+    source=Visit,
+    aggregations=[Aggregation("count", windows=["1h"]), Aggregation("last", "amount", windows=[Lifetime])],
+)
+VISITS = {"Visit": Visit, "visits": visits, "seen": Pipeline("seen", event=Visit, features=["amount", visits])}
+DAY = 86_400_000_000
+
+
+def unsorted(rows=500):
+    rng = np.random.default_rng(4)
+    return pa.table(
+        {
+            "who": [f"w{i}" for i in rng.integers(0, 20, rows)],
+            "amount": np.arange(rows, dtype=np.float64),
+            "at": pa.array(1_700_000_000_000_000 + rng.integers(0, 30, rows) * DAY, pa.timestamp("us", "UTC")),
+        }
+    )
+
+
+def left(engine):
+    return engine.stats()["stores"][0]["events"], engine.features("visits", [f"w{i}" for i in range(20)]).rows
+
+
+def test_a_table_is_ingested_by_time_whatever_its_order():
+    """Nothing of one call makes another row of it late; equal times go in as they stand: the last of them is last."""
+    table = unsorted()
+    order = np.argsort(table["at"].cast(pa.int64()).to_numpy(), kind="stable")
+    engine, want = Engine(VISITS, clock="event"), Engine(VISITS, clock="event")
+    assert engine.ingest(table) == {"applied": 500, "duplicate": 0, "late": 0, "quarantined": 0}
+    for row in table.take(pa.array(order)).to_pylist():
+        assert want.ingest(row) == "applied"
+    assert left(engine) == left(want)
+    assert (
+        engine.features("visits", ["w3"]).rows[0]["visits.last_amount_lifetime"]
+        == max((row["at"], row["amount"]) for row in table.to_pylist() if row["who"] == "w3")[1]
+    )
+
+
+def test_times_may_be_text():
+    table = unsorted(200)
+    text = [str(at) for at in table["at"].to_pylist()]
+    assert text[0].endswith("+00:00")
+    engine, want = Engine(VISITS, clock="event"), Engine(VISITS, clock="event")
+    for kind in (pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        written = table.set_column(2, "at", pa.array(text).cast(kind))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # from the second time on most are late
+            assert engine.ingest(written) == want.ingest(table)
+    assert left(engine) == left(want)
+    with pytest.raises(EventError) as caught:
+        engine.ingest(table.set_column(2, "at", pa.array([*text[:150], "soon", *text[151:]])))
+    assert (caught.value.path, left(engine)) == ("[150].at", left(want))
+
+
+def test_many_late_rows_are_told():
+    """Those of ingest are late by what came before the call; score_batch keeps the table's order: its own rows too."""
+    table = unsorted()
+    engine = Engine(VISITS, clock="event")
+    newest = {"who": "w", "amount": 1.0, "at": 1_700_000_000_000_000 + 29 * DAY}
+    assert engine.ingest(newest) == "applied"
+    behind = sum(at < newest["at"] for at in table["at"].cast(pa.int64()).to_pylist())
+    with pytest.warns(UserWarning, match=f"{behind} of 500 rows were late and are not in the windows: newer ones were"):
+        assert engine.ingest(table)["late"] == behind
+    engine = Engine(VISITS, clock="event")
+    with pytest.warns(UserWarning, match=r"rows were late .* sort it by time, or use replay\(out=...\)"):
+        out = engine.score_batch(table, explain=True)
+    assert out["amount"].to_pylist() == table["amount"].to_pylist()
+    one_by_one = Engine(VISITS, clock="event")
+    assert [one_by_one.score(row).outcome for row in table.to_pylist()] == out["outcome"].to_pylist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        replayed = Engine(VISITS, clock="event").replay({"Visit": table}, out="seen", decisions=True)
+        assert set(replayed["outcome"].to_pylist()) == {"applied"}
+        assert replayed["amount"].to_pylist() == table["amount"].to_pylist()
+        few = Engine(VISITS, clock="event")
+        few.ingest(newest)
+        few.ingest(table.slice(0, 9))
+
+
+@pytest.mark.parametrize("how", ["sorted", "sampled", "twice", "named", "times", "levels", "text"])
+def test_pandas_frames_with_any_index(how):
+    """The index is no column, and no row is dropped or moved by it; a field that stands in it alone is read from it."""
+    frame = unsorted(50).to_pandas()
+    frame = {
+        "sorted": lambda: frame.sort_values("amount", ascending=False),
+        "sampled": lambda: frame.sample(30, random_state=1),
+        "twice": lambda: pd.concat([frame, frame]),
+        "named": lambda: frame.rename_axis("row").sort_values("who"),
+        "times": lambda: frame.set_index("at", drop=False).sort_index(),
+        "levels": lambda: frame.set_index(["at", "who"]).sort_values("amount"),
+        "text": lambda: frame.set_index(frame["who"] + "!"),
+    }[how]()
+    fields = {name: frame.reset_index()[name] if how == "levels" else frame[name] for name in ("who", "amount", "at")}
+    plain = pa.table({name: column.tolist() for name, column in fields.items()})
+    for call in ("ingest", "score_batch", "replay"):
+        engine, want = Engine(VISITS, clock="event"), Engine(VISITS, clock="event")
+        if call == "replay":
+            assert engine.replay({"Visit": frame}, out="seen").equals(want.replay({"Visit": plain}, out="seen"))
+        elif call == "ingest":
+            assert engine.ingest(frame) == want.ingest(plain)
+        else:
+            columns = ["outcome", "amount"]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                got = engine.score_batch(frame, explain=True).select(columns)
+                assert got.equals(want.score_batch(plain, explain=True).select(columns))
+        assert left(engine) == left(want)
+
+
+def test_a_frame_that_makes_no_table_is_told():
+    frame = pd.DataFrame({"who": ["a", 1], "amount": [1.0, 2.0], "at": [0, 1]})
+    with pytest.raises(EventError, match=r"the frame does not make a table: .*who"):
+        Engine(VISITS, clock="event").ingest(frame)
+    with pytest.raises(EventError, match="row: unknown column"):
+        Engine(VISITS, clock="event").ingest(unsorted(3).to_pandas().rename_axis("row").reset_index())

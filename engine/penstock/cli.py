@@ -86,12 +86,12 @@ def _check(app: str, models: str | None) -> int:
 
 def _check_functions(plan: Plan) -> None:
     """Compile the native functions: one that cannot be compiled is a wrong definition too."""
-    from .functions import FunctionError, compile_function
+    from .functions import FunctionError, compile_function, mode_of
 
     problems = []
     for pipeline in plan.pipelines.values():
         for step in pipeline.functions:
-            if step.definition.mode == "native":
+            if mode_of(step.definition.mode) == "native":
                 try:
                     compile_function(step.definition.function, step.argument_types, step.type, name=step.name)
                 except FunctionError as error:

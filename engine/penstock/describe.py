@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .definitions.durations import window_label
+from .functions import mode_of
 from .plan import PipelinePlan, Plan
 
 __all__ = ["describe_plan", "text_table", "warnings_of"]
@@ -120,7 +121,7 @@ def _pipeline(pipeline: PipelinePlan) -> str:
         rows.append(["read", read.view, f"key {slots[read.key].name}", f"slots {read.first_slot}.."])
     for function in pipeline.functions:
         arguments = ", ".join(slots[i].name for i in function.arguments)
-        rows.append(["function", f"{function.name}({arguments})", function.definition.mode, function.type])
+        rows.append(["function", f"{function.name}({arguments})", mode_of(function.definition.mode), function.type])
     for assign in pipeline.experiments:
         experiment = assign.experiment
         arms = ", ".join(f"{arm} {weight:g}" for arm, weight in experiment.arms.items())

@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,6 +257,9 @@ class Engine:
     ) -> Any:
         """Score the rows of an Arrow table in table order: the same bits as score() on each row.
 
+        The order of the rows is the order in which they happen: a row further behind the newest before it than the
+        lateness is late, as it would be one by one. Where many are (every tenth), a warning says how many;
+        replay(out=...) scores history by time, and answers in the table's order.
         table: pyarrow, polars, pandas or a dict of columns, one column per field of the event. All or nothing on bad
         input: the whole table is checked first.
         Returns a pyarrow.Table with one row per input row: id, action, score, reasons, model, model_version, one
@@ -265,9 +269,15 @@ class Engine:
         """
         plan = self._named(pipeline) if pipeline is not None else self._only_pipeline()
         event = self.plan.events[plan.event]
-        data = arrow_table(table)
+        data = arrow_table(table, event.slots)
         columns = column_set(data, event, self._keys[event.name], self._aggregated[event.name])
-        return self._run([(event.index, columns, True)], None, data.num_rows, plan, ingest, True, explain, None)
+        before = self.core.counters()["outcomes"][event.name]["late"]
+        result = self._run([(event.index, columns, True)], None, data.num_rows, plan, ingest, True, explain, None)
+        late = self.core.counters()["outcomes"][event.name]["late"] - before
+        _warn_of_late(
+            late, data.num_rows, "a table is scored in its own order: sort it by time, or use replay(out=...)"
+        )
+        return result
 
     def replay(
         self,
@@ -280,6 +290,7 @@ class Engine:
         """Ingest history: rows of all tables merged by event time, equal times in the order of `tables`, then of rows.
 
         tables: event type's name -> Arrow table. out: the pipeline whose event's rows are scored on the way.
+        Raises PenstockError where a row is older than what the engine has had before, less its lateness.
         Returns a pyarrow.Table with one row per row of out's event table, in that table's order: the pipeline's
         features, then, where it has models, rules or experiments (or `decisions` says so), the decision columns of
         score_batch. Without `out`: None. progress: told how many more rows are done, a few times a second.
@@ -290,13 +301,14 @@ class Engine:
         scored_rows = 0
         for position, (name, table) in enumerate(tables.items()):
             event = self._event_named(name)
-            data = arrow_table(table)
+            data = arrow_table(table, event.slots)
             columns = column_set(data, event, self._keys[name], self._aggregated[name])
             scored = plan is not None and plan.event == name
             sets.append((event.index, columns, scored))
             times.append(event_times(data, event))
             if scored:
                 scored_rows, scored_at = data.num_rows, position
+        self._check_replayed(dict(zip(tables, times)), plan)
         if plan is not None and not any(s for _, _, s in sets):
             raise PenstockError(f"replay: out={out!r} scores {plan.event}, but no table of {plan.event} was given")
         order = _merge_order(times)
@@ -313,12 +325,32 @@ class Engine:
                 result = result.take(pyarrow().array(inverse))
         return result
 
+    def _check_replayed(self, times: Mapping[str, Any], plan: PipelinePlan | None) -> None:
+        """Refuse rows that are older than what the engine has seen: they would be late, or see none of their views."""
+        reads = {self.plan.views[read.view].event for read in plan.reads} if plan is not None else set()
+        for name, column in times.items():
+            if not len(column):
+                continue
+            first = int(column.min())
+            seen = {name, *reads} if plan is not None and plan.event == name else {name}
+            for source in sorted(seen):
+                watermark = self.core.watermark(self.plan.events[source].index)
+                if watermark is None or first >= watermark - self.plan.events[source].options.lateness:
+                    continue
+                raise PenstockError(
+                    f"replay: the first {name} is of {Timestamp(first).isoformat()}, but this engine has had a "
+                    f"{source} of {Timestamp(watermark).isoformat()} already, and keeps state for the lateness of {source} back "
+                    "from there. Give all of history to one replay, which merges it by time, or take a new engine"
+                )
+
     # ingesting and reading
 
     def ingest(self, data: Any, event: str | None = None) -> Any:
-        """Apply an event, or every row of an Arrow table in table order, without scoring.
+        """Apply an event, or every row of an Arrow table, without scoring.
 
-        event: the event type's name; needed for dicts and tables where the app has several.
+        event: the event type's name; needed for dicts and tables where the app has several. A table's rows may be in
+        any order: they are applied by event time, equal times as they stand, so that only what was ingested before
+        makes a row late. Where many are (every tenth), a warning says how many.
         Returns the outcome (applied, duplicate, late, quarantined), or for a table the count of each.
         """
         if isinstance(data, Event):
@@ -329,12 +361,16 @@ class Engine:
         plan = self._event_named(event) if event is not None else self._only_event()
         if isinstance(data, Mapping) and not any(is_column(value) for value in data.values()):
             return self.core.ingest(plan.index, data)
-        table = arrow_table(data)
+        table = arrow_table(data, plan.slots)
         columns = column_set(table, plan, self._keys[plan.name], self._aggregated[plan.name])
+        order = _merge_order([event_times(table, plan)])
         before = self.core.counters()["outcomes"][plan.name]
-        run_table(self.core, [(plan.index, columns, False)], None, [], -1, True, None, None)
+        run_table(self.core, [(plan.index, columns, False)], order, [], -1, True, None, None)
         after = self.core.counters()["outcomes"][plan.name]
-        return {name: after[name] - before[name] for name in OUTCOMES if name != "off"}
+        counts = {name: after[name] - before[name] for name in OUTCOMES if name != "off"}
+        why = "newer ones were ingested before; history goes in first, or by replay, which merges all of it by time"
+        _warn_of_late(counts["late"], table.num_rows, why)
+        return counts
 
     def features(self, view: str, keys: Sequence[str | int], as_of: Any = None) -> FeatureRows:
         """A view's values for some keys, as of T (default: the ingest clock now).
@@ -545,10 +581,10 @@ class Engine:
         return pipe
 
     def _function(self, step: Any) -> tuple[Any, ...]:
-        from .functions import FunctionError, compile_function, python_function
+        from .functions import FunctionError, compile_function, mode_of, python_function
 
         try:
-            if step.definition.mode == "python":
+            if mode_of(step.definition.mode) == "python":
                 call = python_function(step.definition.function, step.argument_types, step.type)
                 return (None, call, step.arguments, step.argument_types, step.slot, step.type)
             compiled = compile_function(step.definition.function, step.argument_types, step.type, name=step.name)
@@ -851,6 +887,12 @@ def _merge_order(times: list[Any]) -> Any:
     starts = np.cumsum([0, *(len(t) for t in times)])
     table = (np.searchsorted(starts, order, side="right") - 1).astype(np.uint8)
     return table, (order - starts[table]).astype(np.int64)
+
+
+def _warn_of_late(late: int, rows: int, why: str) -> None:
+    """Every tenth row or more, and not a handful, is a mistake about order; fewer are what lateness is for."""
+    if late >= 10 and 10 * late >= rows:
+        warnings.warn(f"{late} of {rows} rows were late and are not in the windows: {why}", stacklevel=3)
 
 
 def _words(codes: Any, words: Sequence[str]) -> Any:

@@ -31,7 +31,7 @@ from typing import Any
 from .errors import PenstockError
 from .timestamp import Timestamp
 
-__all__ = ["CompiledFunction", "FunctionError", "cache_folder", "compile_function", "python_function"]
+__all__ = ["CompiledFunction", "FunctionError", "cache_folder", "compile_function", "mode_of", "python_function"]
 
 NATIVE_TYPES = ("float64", "int64", "bool", "timestamp")
 OK, NULL, RAISED = 0, 1, 2
@@ -92,6 +92,11 @@ class CompiledFunction:
         if self.return_type == "timestamp":
             return Timestamp(integer)
         return bool(integer) if self.return_type == "bool" else integer
+
+
+def mode_of(declared: str | None) -> str:
+    """ "native" or "python": as it was declared, else native where there is Numba to compile it."""
+    return declared or ("python" if _numba_version() is None else "native")
 
 
 def compile_function(

@@ -738,7 +738,7 @@ class _PipelineCompiler:
             if declared is not None and declared != slot.type:
                 self.problem(f"{place}: {parameter} is annotated {declared}, but {slot.name} is {slot.type}")
                 return
-            if slot.type == "string" and definition.mode == "native":
+            if slot.type == "string" and definition.mode != "python":
                 self.problem(f'{place}: {parameter} is a str; strings need @on_demand_feature_view(mode="python")')
                 return
             arguments.append(slot)

@@ -5,6 +5,8 @@ What must stay true: a value that score() would refuse is refused here, with the
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -42,9 +44,20 @@ def pyarrow() -> Any:
     return pyarrow
 
 
-def arrow_table(data: Any) -> Any:
-    """A pyarrow.Table of anything that speaks Arrow: a Table, a RecordBatch, a polars or pandas DataFrame, a dict."""
+def arrow_table(data: Any, names: Collection[str] = ()) -> Any:
+    """A pyarrow.Table of anything that speaks Arrow: a Table, a RecordBatch, a polars or pandas DataFrame, a dict.
+
+    The index of a pandas DataFrame is no column, whatever it is; but a level of it that has one of these names, which
+    no column has, is.
+    """
     pa = pyarrow()
+    pandas = sys.modules.get("pandas")
+    if pandas is not None and isinstance(data, pandas.DataFrame):
+        levels = [name for name in data.index.names if name in names and name not in data.columns]
+        try:
+            return pa.Table.from_pandas(data.reset_index(levels) if levels else data, preserve_index=False)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise EventError("", f"the frame does not make a table: {' '.join(map(str, error.args))[:200]}") from None
     if isinstance(data, pa.Table):
         return data
     if isinstance(data, pa.RecordBatch):
@@ -53,8 +66,6 @@ def arrow_table(data: Any) -> Any:
         return pa.table({name: _array(name, values) for name, values in data.items()})
     if hasattr(data, "__arrow_c_stream__"):
         return pa.table(data)
-    if hasattr(data, "columns") and hasattr(data, "dtypes"):
-        return pa.Table.from_pandas(data, preserve_index=False)
     raise TypeError(
         f"expected an Arrow table (pyarrow, polars, pandas or a dict of columns), got {type(data).__name__}"
     )
@@ -142,8 +153,9 @@ def _constant(value: Any, slot_type: str, rows: int) -> Any:
     return pa.nulls(rows, kind) if value is None else pa.array([value] * rows, type=kind)
 
 
-def cast_column(array: Any, slot_type: str, name: str, unit: str | None) -> Any:
-    """The array as the slot's own Arrow type, or EventError where that would change a value."""
+def cast_column(array: Any, slot_type: str, name: str, unit: str | None, first: int = 0) -> Any:
+    """The array as the slot's own Arrow type, or EventError where that would change a value. first: the number of its
+    first row, for errors."""
     pa = pyarrow()
     import pyarrow.compute as pc
 
@@ -170,6 +182,8 @@ def cast_column(array: Any, slot_type: str, name: str, unit: str | None) -> Any:
         elif slot_type == "bool":
             if pa.types.is_boolean(kind):
                 return array
+        elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            return _parsed_times(array, name, first)
         elif pa.types.is_timestamp(kind):
             if kind.unit == "ns":
                 nanoseconds = array.cast(pa.timestamp("ns", kind.tz)).cast(pa.int64())
@@ -185,6 +199,17 @@ def cast_column(array: Any, slot_type: str, name: str, unit: str | None) -> Any:
     except pa.ArrowInvalid as error:
         raise EventError(f".{name}", f"the column does not fit {slot_type}: {str(error).splitlines()[0]}") from None
     raise EventError(f".{name}", f"expected a column of {slot_type}, got {kind}")
+
+
+def _parsed_times(array: Any, name: str, first: int) -> Any:
+    """Times that are written as text, as an event may have them."""
+    times: list[int | None] = []
+    for row, text in enumerate(array.to_pylist(), first):
+        try:
+            times.append(None if text is None else int(Timestamp.parse(text)))
+        except ValueError as error:
+            raise EventError(f"[{row}].{name}", str(error)) from None
+    return pyarrow().array(times, type=pyarrow().int64())
 
 
 def _floor_divide(array: Any, by: int) -> Any:

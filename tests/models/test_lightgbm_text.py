@@ -38,7 +38,7 @@ def train(data, params, path, rounds=15, categorical=True):
 
 
 def rows_for(form, data, rng, n=300):
-    cuts = [t for t in form.threshold if np.isfinite(t)] + form.steps
+    cuts = [t for t in form.threshold if np.isfinite(t)] + list(form.steps)
     x = rows_at(cuts, INPUTS, False, rng, n)
     x[: n // 2, CATEGORIES] = rng.integers(-3, 60, n // 2) + rng.choice([0.0, 0.5, 0.999], n // 2)
     return np.vstack([x, data[0][:100]])

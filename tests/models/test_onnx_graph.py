@@ -8,8 +8,10 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from onnx import TensorProto, helper  # noqa: E402
 
 from penstock._ext.onnx import choose_output  # noqa: E402
-from penstock.models.onnx_graph import GraphError, only_output  # noqa: E402
+from penstock.models.onnx_graph import GraphError, TooDeep, only_output, with_tensors  # noqa: E402
 from penstock.models.onnx_runtime import OnnxRuntime  # noqa: E402
+from penstock.models.repository import ModelRepository  # noqa: E402
+from penstock.models.runtime import load  # noqa: E402
 
 RNG = np.random.default_rng(11)
 
@@ -118,3 +120,85 @@ def test_damaged_bytes():
             only_output(bytes(data), None, choose_output)
         except ValueError:
             continue
+
+
+@pytest.mark.parametrize("texts", [False, True])
+def test_a_list_of_maps_is_served_as_its_tensor(tmp_path, texts):
+    """What skl2onnx makes of a classifier by default: a label, and a ZipMap that no protocol can carry."""
+    ort = pytest.importorskip("onnxruntime")
+    to_onnx = pytest.importorskip("skl2onnx").to_onnx
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(90, 4)).astype(np.float32)
+    y = np.array(["no", "may", "yes"])[rng.integers(0, 3, 90)] if texts else rng.integers(0, 3, 90)
+    model = to_onnx(LogisticRegression().fit(x, y), x).SerializeToString()
+    labels, maps = ort.InferenceSession(model).run(None, {"X": x[:5]})
+    folder = tmp_path / "m" / "1"
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(model)
+    repository = ModelRepository(tmp_path)
+    repository.start()
+    repository.loader.stop()
+    served = repository.model("m")
+    assert [(port.name, port.datatype, port.shape) for port in served.outputs] == [
+        ("output_label", "BYTES" if texts else "INT64", (-1,)),
+        ("output_probability", "FP32", (-1, 3)),
+    ]
+    answers = {name: (shape, data) for name, _, shape, data in served.infer([("X", "FP32", [5, 4], x[:5].tobytes())])}
+    shape, data = answers["output_probability"]
+    assert shape == (5, 3)
+    classes = sorted(maps[0])
+    assert np.frombuffer(data, np.float32).reshape(5, 3).tolist() == [[row[c] for c in classes] for row in maps]
+    if not texts:
+        assert np.frombuffer(answers["output_label"][1], np.int64).tolist() == labels.tolist()
+
+
+def test_models_without_maps_stay_as_they_are():
+    assert with_tensors(b"") is None
+    assert with_tensors(b"\x00 no model") is None
+    with pytest.raises(GraphError):
+        with_tensors(b"ZipMap")
+
+
+def test_graphs_in_one_another_end_somewhere():
+    def nested(depth):
+        graph = _message(1, _message(4, b"Identity") + _message(1, b"x") + _message(2, b"y"))
+        for _ in range(depth):
+            branch = _message(5, _message(1, b"b") + bytes([0xA0, 1, 5]) + _message(6, graph))
+            graph = _message(1, _message(4, b"If") + _message(1, b"x") + _message(2, b"y") + branch)
+        tensor = _message(1, bytes([8, 1]) + _message(2, _message(1, b"") + _message(1, bytes([8, 4]))))
+        ends = _message(11, _message(1, b"x") + _message(2, tensor)) + _message(
+            12, _message(1, b"y") + _message(2, tensor)
+        )
+        return bytes([8, 8]) + _message(7, graph + _message(2, b"g") + ends)
+
+    assert only_output(nested(20), None, lambda ports, wanted: 0)[1] == "y"
+    for depth in (40, 3000):
+        with pytest.raises(TooDeep, match="33 graphs in one another"):
+            only_output(nested(depth), None, lambda ports, wanted: 0)
+
+
+def _message(number, body):
+    def varint(value):
+        out = b""
+        while value > 127:
+            out, value = out + bytes([value & 127 | 128]), value >> 7
+        return out + bytes([value])
+
+    return varint(number << 3 | 2) + varint(len(body)) + body
+
+
+def test_scores_of_another_shape_than_the_file_declares(tmp_path):
+    """skl2onnx says of RidgeClassifier that it gives two columns; there is one."""
+    from skl2onnx import to_onnx
+    from sklearn.linear_model import RidgeClassifier
+
+    x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    model = to_onnx(RidgeClassifier().fit(x, x[:, 0] > 0), x, options={"zipmap": False}).SerializeToString()
+    (tmp_path / "model.onnx").write_bytes(model)
+    runtime = load(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(model)
+    right = np.concatenate([session.run(None, {"X": x[i : i + 1]})[1] for i in range(4)])
+    assert right.shape == (4, 1)
+    assert runtime.predict(x[:4]).astype(np.float32).tobytes() == right.tobytes()

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from oracles.tree_rows import damaged, every_variant
 from penstock._ext.infer import ServedModel
+from penstock.models.folder import ModelError
 from penstock.models.runtime import load
 from penstock.models.trees import NotATreeModel, TreeModel, load_trees, read_ensemble
 
@@ -422,3 +423,19 @@ def test_damaged_bytes_never_crash(tmp_path, table):
         else:
             model.predict(np.zeros((3, model.n_inputs)))
     assert refused > 100
+
+
+def test_an_attribute_that_the_kernel_does_not_know_is_left_to_onnx_runtime(tmp_path):
+    nodes, leaves = random_trees(np.random.default_rng(3), 2, 3, MODES[:1], [0.5], 2)
+    attrs = attributes(nodes, False, False)
+    attrs |= {"target_treeids": [t for t, _ in leaves], "target_nodeids": [i for _, i in leaves]}
+    attrs |= {"target_ids": [0] * len(leaves), "target_weights": [1.0] * len(leaves), "n_targets": 1}
+    node = helper.make_node("TreeEnsembleRegressor", ["X"], ["Y"], domain="ai.onnx.ml", **attrs)
+    save(tmp_path / "model.onnx", [node], 3, False, [("Y", onnx.TensorProto.FLOAT)])
+    assert read_ensemble(tmp_path / "model.onnx").n_raw == 1
+    node.attribute.append(helper.make_attribute("leaf_scale", 2.0))
+    save(tmp_path / "model.onnx", [node], 3, False, [("Y", onnx.TensorProto.FLOAT)])
+    with pytest.raises(NotATreeModel, match="'leaf_scale'"):
+        read_ensemble(tmp_path / "model.onnx")
+    with pytest.raises(ModelError, match="leaf_scale"):
+        load(tmp_path / "model.onnx")

@@ -42,7 +42,7 @@ def train(data, params, path, rounds=12, label=None, categorical=False, **more):
 
 
 def rows_for(form, data, rng, categorical, n=300):
-    cuts = np.array(form.threshold + form.steps)
+    cuts = np.array([*form.threshold, *form.steps])
     x = rows_at(cuts[np.abs(cuts) < 1e30], INPUTS, True, rng, n)
     if categorical:  # XGBoost refuses what is no category
         x[:, CATEGORIES] = rng.choice([*range(60), 0.5, 3.25, np.nan, 16777215.0], n)

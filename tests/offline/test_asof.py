@@ -179,6 +179,107 @@ def test_several_tables(several, threads):
             assert got == want[column]
 
 
+@st.composite
+def keys_of_parts(draw):
+    """Keys of two to four parts, texts and integers mixed, nulls in some; few values, so that parts are shared."""
+    integers = draw(st.lists(st.booleans(), min_size=2, max_size=4))
+    pools = [
+        [0, 1, -1, 2**40] if whole else draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=3))
+        for whole in integers
+    ]
+    one = st.tuples(
+        *(st.one_of(st.none(), st.sampled_from(pool), st.sampled_from(pool), st.sampled_from(pool)) for pool in pools)
+    )
+
+    def kind(whole):
+        plain = [pa.int64(), pa.int64()] if whole else TEXTS
+        return draw(st.sampled_from([*plain, pa.dictionary(pa.int8(), plain[0])]))
+
+    return {
+        "spine": draw(st.lists(st.tuples(one, st.integers(0, 6)), max_size=14)),
+        "rows": draw(st.lists(st.fixed_dictionaries({"key": one, "event": st.integers(0, 6)}), max_size=40)),
+        "kinds": [(kind(whole), kind(whole)) for whole in integers],
+        "cuts": draw(st.lists(st.integers(0, 40), max_size=3)),
+        "sorted": draw(st.booleans()),
+        "renamed": draw(st.booleans()),
+        "threads": draw(st.integers(1, 2)),
+    }
+
+
+@settings(max_examples=200, deadline=None)
+@given(keys_of_parts())
+def test_keys_of_several_columns(case):
+    """Every part must be equal; null in any part matches nothing."""
+    rows, spine = case["rows"], case["spine"]
+    if case["sorted"]:
+        rows.sort(key=lambda r: r["event"])
+    for i, row in enumerate(rows):
+        row["n"] = i
+    parts = range(len(case["kinds"]))
+    names = [f"k{i}" for i in parts]
+    there = {
+        f"s{i}" if case["renamed"] else f"k{i}": shaped(
+            [k[i] for k, _ in spine], case["kinds"][i][0], case["cuts"][i % 2 :], 3
+        )
+        for i in parts
+    }
+    table = {f"k{i}": shaped([r["key"][i] for r in rows], case["kinds"][i][1], case["cuts"][i % 2 :], 1) for i in parts}
+    times = {
+        "t": pa.array([r["event"] for r in rows], pa.int64()).cast(US),
+        "n": pa.array([r["n"] for r in rows], pa.int64()),
+    }
+    key = dict(zip(names, there)) if case["renamed"] else names
+    out = asof_join(
+        pa.table({**there, "at": pa.array([t for _, t in spine], pa.int64()).cast(US)}),
+        [FeatureTable(pa.table({**table, **times}), key, "t", ["n"], name=name) for name in ("f", "g")],
+        time="at", statuses=True, max_threads=case["threads"],
+    )  # fmt: skip
+    want = asof(spine, rows, ["n"])["n"]
+    for name in ("f", "g"):
+        assert list(zip(out[f"{name}.n"].to_pylist(), out[f"{name}.n__status"].to_pylist())) == want
+
+
+def test_parts_are_no_text_beside_text():
+    """("a", "bc") is not ("ab", "c"), and (1, 2) is not (2, 1); a table by one part stands beside one by two."""
+    at = pa.array([5] * 4, US)
+    spine = pa.table(
+        {"k": ["a", "ab", "a", None], "c": ["bc", "c", None, "c"], "i": [1, 2, 1, 1], "j": [2, 1, 1, 1], "at": at}
+    )
+    texts = pa.table({"k": ["ab", "a", "ab"], "c": ["c", None, "d"], "t": pa.array([1, 1, 1], US), "x": [1, 2, 3]})
+    numbers = pa.table({"i": [2, 1], "j": [1, 1], "t": pa.array([1, 1], US), "y": [1, 2]})
+    whole = pa.table({"k": ["a", "ab"], "t": pa.array([1, 1], US), "z": [1, 2]})
+    out = asof_join(
+        spine,
+        [FeatureTable(texts, ["k", "c"], "t"), FeatureTable(numbers, ("i", "j"), "t"), FeatureTable(whole, "k", "t")],
+        time="at",
+    )
+    assert out["x"].to_pylist() == [None, 1, None, None]
+    assert out["y"].to_pylist() == [None, 1, 2, 2]
+    assert out["z"].to_pylist() == [1, 2, 1, None]
+
+
+def test_a_part_of_nothing_but_nulls():
+    table = {"k": ["a"], "c": pa.nulls(1), "t": pa.array([0], US), "x": [1]}
+    spine = {"k": ["a"], "c": ["b"], "at": pa.array([1], US)}
+    out = asof_join(spine, FeatureTable(table, ["k", "c"], "t"), time="at", statuses=True)
+    assert (out["x"].to_pylist(), out["x__status"].to_pylist()) == ([None], ["NOT_FOUND"])
+
+
+@pytest.mark.parametrize("parts", [["k"], ["k", "c"]])
+def test_times_and_keys_in_the_index_of_a_frame(parts):
+    """The index of a pandas frame is no feature; but a level that is asked for by name is read."""
+    import pandas as pd
+
+    features = pd.DataFrame({"k": ["a", "b"], "c": [1, 2], "t": pd.to_datetime([1, 2], utc=True), "x": [10, 20]})
+    spine = pd.DataFrame({"k": ["b", "a"], "c": [2, 1], "at": pd.to_datetime([5, 5], utc=True)}, index=[7, 7])
+    spine = spine.set_index("at").set_index("k", append=True)
+    out = asof_join(spine, FeatureTable(features.set_index(["t", "c"]).sample(2), parts, "t", ["x"]), time="at")
+    assert sorted(out.column_names) == ["at", "c", "k", "x"]
+    assert out["x"].to_pylist() == [20, 10]
+    again = asof_join(spine, FeatureTable(features.sample(2, random_state=1), parts, "t", ["x"]), time="at")
+    assert again["x"].to_pylist() == [20, 10]
+
+
 VALUE_TYPES = [
     *INTEGERS, pa.float16(), pa.float32(), pa.float64(), pa.date32(), pa.date64(), pa.timestamp("ns"), pa.duration("s"),
     pa.time32("ms"), pa.time64("ns"), pa.decimal128(20, 3), pa.decimal256(50, 3), pa.binary(), pa.large_binary(),

@@ -23,10 +23,15 @@ def refused(match, spine=SPINE, error=EventError, time="at", **table):
 
 
 def test_definitions():
-    refused(
-        r'FeatureTable.key: expected a column or \{"column": "spine column"\}, got \[\]', error=DefinitionError, key=[]
-    )
-    refused("got {'a': 'b', 'c': 'd'}", error=DefinitionError, key={"a": "b", "c": "d"})
+    for key in ([], {}, "", ["k", ""], ["k", 7], {"k": 7}, 7, None):
+        refused(
+            r'FeatureTable.key: expected a column, a list of columns or \{"column": "spine column"\}, got ',
+            error=DefinitionError,
+            key=key,
+        )
+    refused(r"FeatureTable.key: the same column twice: \['k', 'k'\]", error=DefinitionError, key=["k", "k"])
+    refused("features: 'c' is the key column", error=DefinitionError, key=["k", "c"], features=["c", "x"])
+    refused("FeatureTable.time: 't' is named for something else", error=DefinitionError, key=["k", "t"])
     refused("FeatureTable 'f'.ttl: expected a length", error=DefinitionError, ttl="soon", name="f")
     refused("ttl: expected a length from 0", error=DefinitionError, ttl=timedelta(days=-1))
     refused("features: expected a list of columns, got 'x'", error=DefinitionError, features="x")
@@ -47,6 +52,8 @@ def test_columns_that_are_not_there():
     refused(r"f.z: there is no such column \(a feature\); have k, t, x", features=["z"], name="f")
     refused(r"f.seen: there is no such column \(the ingest time\)", ingest_time="seen", name="f")
     refused(r"f.defaults.z: no such feature; have x", defaults={"z": 1}, name="f")
+    refused(r"f.c: there is no such column \(the key\); have k, t, x", key={"k": "k", "c": "y"}, name="f")
+    refused(r"spine.c: there is no such column \(the key of f\); have k, at, y", key=["k", "c"], name="f")
     twice = pa.Table.from_arrays([pa.array(["a"])] * 2 + [pa.array([0], US)], ["k", "k", "t"])
     refused(r"tables\[0\].k: 2 columns of this name \(the key\)", table=twice)
 
@@ -58,7 +65,13 @@ def test_types():
         r"f.k: expected keys that are strings or integers, got double; pandas", columns={"k": [1.0, 2, 3]}, name="f"
     )
     refused(r"spine.k: expected keys that are strings or integers, got bool", spine={**SPINE, "k": [True, False]})
-    refused(r"f.t: expected a column of timestamp, got string", columns={"t": ["1", "2", "3"]}, name="f")
+    two = {"key": {"k": "k", "c": "y"}, "name": "f"}
+    refused(r"f.c: string keys, but spine.y has integer keys", columns={"c": ["1", "2", "3"]}, **two)
+    refused(r"f.c: expected keys that are strings or integers, got double", columns={"c": [1.0, 2.0, 3.0]}, **two)
+    refused(
+        r"f\[0\].t: expected a time such as 2018-04-01T00:00:00Z, got '1'", columns={"t": ["1", "2", "3"]}, name="f"
+    )
+    refused(r"spine\[1\].at: expected a time such as", spine={**SPINE, "at": ["2018-04-01T00:00:00Z", "yesterday"]})
     refused(r"spine.at: expected a column of timestamp, got double", spine={**SPINE, "at": [0.5, 1.5]})
     refused(r"f.defaults.x: does not fit double", defaults={"x": "much"}, name="f")
     refused("spine.k: the values do not make a column", spine={**SPINE, "k": [1, "a"]})
@@ -98,6 +111,15 @@ def test_integers_beyond_64_bits():
     spine = {**SPINE, "k": [1, 2]}
     refused(r"f\[1\].k: the key is beyond 64 bits with a sign", spine=spine, columns={"k": keys}, name="f")
     refused(r"spine\[1\].k: the key is beyond", spine={**SPINE, "k": keys[:2]}, columns={"k": [1, 2, 3]})
+    both = {"key": ["k", "n"], "name": "f"}
+    spine_of_two = {**spine, "n": [1, 2]}
+    refused(r"f\[1\].n: the key is beyond 64 bits", spine=spine_of_two, columns={"k": [1, 2, 3], "n": keys}, **both)
+    refused(
+        r"spine\[1\].n: the key is beyond",
+        spine={**spine, "n": keys[:2]},
+        columns={"k": [1, 2, 3], "n": [1, 2, 3]},
+        **both,
+    )
     # Under a null it is nobody's value.
     buffers = [pa.py_buffer(b"\x05"), keys.buffers()[1]]
     hidden = pa.Array.from_buffers(pa.uint64(), 3, buffers)

@@ -117,6 +117,36 @@ def test_ties_and_ingest_times(backfill, order):
     same(plain, want, ["n"])
 
 
+@pytest.mark.parametrize("forms", [("integers", "short"), ("long", "edge"), ("short", "integers", "edge")])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_keys_of_several_columns(forms, ordered):
+    """Every part equal, null in any part matches nothing, as SQL's equality has it; the keys from either side."""
+    rng = np.random.default_rng(len(forms))
+    spine, features = data(forms[0], 8_000, 40_000, 30, 11, distinct=False)
+    names = ["k", *(f"k{i}" for i in range(1, len(forms)))]
+    for name, form in zip(names[1:], forms[1:]):
+        for table, rows in ((spine, 8_000), (features, 40_000)):
+            values = named(form, rng.integers(0, 12, rows)).to_numpy(zero_copy_only=False)
+            column = pa.array(values, mask=rng.random(rows) < 0.05)
+            if table is spine:
+                spine = spine.append_column(name, column)
+            else:
+                features = features.append_column(name, column)
+    if not ordered:
+        features, spine = shuffled(features, 1), shuffled(spine, 2)
+    features = features.set_column(4, "n", pa.array(np.arange(features.num_rows)))
+    equal = " AND ".join(f"s.{name} = f.{name}" for name in names)
+    text = (
+        "SELECT s.i AS i, max_by(n, (f.t, n)) AS n FROM spine s LEFT JOIN features f "
+        f"ON {equal} AND f.t <= s.at GROUP BY s.i ORDER BY s.i"
+    )
+    for some in (features, features.slice(0, 5_000)):
+        want = query(text, spine=spine, features=some)
+        assert 0 < want["n"].null_count < 8_000
+        out = asof_join(spine, FeatureTable(chunked(some, 3_333), names, "t", ["n"]), time="at").sort_by("i")
+        same(out, want, ["n"])
+
+
 def test_one_key_with_long_ties():
     """One entity, 30,000 rows out of order, few distinct times: sorting goes on by row number."""
     rng = np.random.default_rng(9)

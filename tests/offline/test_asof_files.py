@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
+from penstock.errors import EventError
 from penstock.offline.asof import FeatureTable, asof_join, asof_join_files
 
 US = pa.timestamp("us", "UTC")
@@ -140,3 +141,26 @@ def test_a_failure_leaves_nothing(tmp_path):
         asof_join_files(tmp_path / "spine", table, tmp_path / "out", time="at", batch_rows=3)
     assert (tmp_path / "out").read_text() == "before"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "spine"]
+
+
+@pytest.mark.parametrize("order", ["both", "none"])
+def test_keys_of_several_columns(tmp_path, order):
+    """Batch after batch, the keys taken from the tables: as in memory; an error names the row in all of the file."""
+    spine, features = tables()
+    rng = np.random.default_rng(3)
+    spine = spine.append_column("c", pa.array(rng.integers(0, 3, len(spine)), mask=rng.random(len(spine)) < 0.1))
+    features = features.append_column("c", pa.array(rng.integers(0, 3, len(features))))
+    if order == "none":
+        spine, features = shuffled(spine), shuffled(features)
+    pq.write_table(spine, tmp_path / "spine")
+    table = FeatureTable(features, ["k", "c"], "t", name="f")
+    asof_join_files(tmp_path / "spine", table, tmp_path / "out", time="at", batch_rows=700, statuses=True)
+    want = asof_join(spine, table, time="at", statuses=True)
+    out = pq.read_table(tmp_path / "out")
+    for name in want.column_names:
+        assert out[name].to_pylist() == want[name].to_pylist(), name
+    assert {"PRESENT", "NOT_FOUND"} <= set(want["f.word__status"].to_pylist())
+    beyond = pa.array([2**64 - 1 if i == 900 else 1 for i in range(len(spine))], pa.uint64())
+    pq.write_table(spine.set_column(spine.column_names.index("c"), "c", beyond), tmp_path / "spine")
+    with pytest.raises(EventError, match=r"spine\[900\].c: the key is beyond 64 bits"):
+        asof_join_files(tmp_path / "spine", table, tmp_path / "out2", time="at", batch_rows=700)

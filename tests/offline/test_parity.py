@@ -9,6 +9,7 @@ from offline.shop_log import OPTIONS, SHOP, START, fill, raw_records, rewritten
 
 from penstock import Engine
 from penstock.cli import main
+from penstock.errors import LogError
 from penstock.offline.log_folder import LogFolder
 from penstock.offline.parity import parity
 
@@ -270,9 +271,15 @@ def test_after_retention_only_whole_windows_are_compared(tmp_path):
     assert short.compared + short.before == report.pipelines[0].scores == long.compared + long.before
     assert of(report, "dear").before == long.before
     assert "were not compared" in str(report)
-    with Engine(str(SHOP), log=tmp_path / "log", log_options=options) as engine:
+    # What needs dropped events and is in no snapshot is not built in silence.
+    with pytest.raises(LogError, match=r"dropped by retention.*Order by customer.*--start-partial.*--start-cold"):
+        Engine(str(SHOP), log=tmp_path / "log", log_options=options)
+    partial = msgspec.structs.replace(options, start_partial=True)
+    with Engine(str(SHOP), log=tmp_path / "log", log_options=partial) as engine:
         assert engine.recovery.events == whole.events - report.history_begins
         assert engine.core.next_sequence == whole.events
+        assert "Order by customer" in engine.recovery.partial
+        assert any("INVALID until they have refilled" in line for line in engine.recovery.lines())
 
 
 def test_nothing_compared_is_not_equal(tmp_path, capsys):

@@ -420,7 +420,9 @@ def test_a_state_that_does_not_fit_is_split_by_keys(big, monkeypatch, backfill):
     assert told[-1][1] > 2 * 20_000  # more passes than were planned
 
 
-@pytest.mark.parametrize(("backfill", "what"), [(False, "the state of one key"), (True, "what every pass holds")])
+@pytest.mark.parametrize(
+    ("backfill", "what"), [(False, "the state of one key"), (True, "what is kept of one key's events")]
+)
 def test_memory_that_no_split_makes_enough(tmp_path, monkeypatch, backfill, what):
     n = 30_000
     table = pa.table({"who": ["a"] * n, "amount": [1.0] * n, "at": range(BASE, BASE + n)})
@@ -443,7 +445,7 @@ def test_progress_ends_at_the_total(big):
         SHOP, log, spine, features=["shops"], workers=2, progress=lambda done, total: told.append((done, total))
     )
     assert told == sorted(told)
-    assert told[-1] == (40_000, 40_000)
+    assert told[-1] == (60_000, 60_000)  # the search for own events, and two passes
 
 
 def test_a_failure_in_one_worker_ends_all(big):
@@ -457,9 +459,11 @@ def test_a_failure_in_one_worker_ends_all(big):
     with pytest.raises(LogError, match=rf"{number:012d}.log at offset \d+: a record does not check"):
         training_set(SHOP, log, spine, features=["spend", "shops", "logins"], time="at", workers=2)
     assert threading.active_count() == before
-    # Rows that need nothing of what is damaged are read.
+    # Rows that need nothing of what is damaged are read; whether one is an event of the log, all of the log says.
     early = spine.filter(pa.array([t < BASE + 1000 * SECOND for t in spine["at"].to_pylist()]))
-    assert training_set(SHOP, log, early, features=["shops"], time="at").num_rows == early.num_rows
+    with pytest.raises(LogError, match=r"\d+: a record does not check"):
+        training_set(SHOP, log, early, features=["shops"], time="at")
+    assert training_set(SHOP, log, early, features=["shops"], time="at", own="never").num_rows == early.num_rows
 
 
 def test_a_gap_in_the_log_is_named(tmp_path):
@@ -524,7 +528,7 @@ def test_keys_duplicates_unknown_and_null(small):
             "when": pa.array([BASE + 20 * SECOND] * 5 + [BASE - 1], type=pa.timestamp("us")),
         }
     )
-    found = training_set(SMALL, small, spine, features=["spend"], statuses=True)
+    found = training_set(SMALL, small, spine, features=["spend"], statuses=True, own="never")
     assert found.select(spine.column_names).equals(spine)
     assert found["spend.count_1h"].to_pylist() == [2, 0, 2, 0, 1, 0]
     assert found["spend.count_10s"].to_pylist() == [1, 0, 1, 0, 0, 0]
@@ -558,8 +562,13 @@ def test_keys_of_an_entity_with_a_type_are_read_as_that_type(tmp_path, kind):
         for shop in (-12, -12, 7):
             engine.ingest({"shop": kind(shop), "at": BASE})
     for keys in (pa.array([-12, 7, 8, None], type=pa.int16()), pa.array(["-12", "7", "07", None])):
-        found = training_set(app, tmp_path / "log", {"shop": keys, "at": [BASE] * 4}, features=["v"], time="at")
+        spine = {"shop": keys, "at": [BASE] * 4}
+        found = training_set(app, tmp_path / "log", spine, features=["v"], time="at", own="never")
         assert found["v.count_1h"].to_pylist() == [2, 1, 0, 0]
+        told = []
+        found = training_set(app, tmp_path / "log", spine, features=["v"], time="at", summary=told.append)
+        assert found["v.count_1h"].to_pylist() == [0, 0, 0, 0]  # each is the first event of its key
+        assert told[0].own == 2
 
 
 def test_ttl_and_a_default_in_place_of_what_is_too_old(small):
@@ -587,7 +596,7 @@ def test_empty_sides(small, tmp_path):
 
 
 def test_the_row_itself_counts_where_the_view_says_so(small):
-    """S8: the newest event at T; with backfill the log's own events are the ones that count."""
+    """S8: its own event; a row that is none of the log's (another amount) is the newest one at T, but with backfill."""
     spine = {
         "who": ["a", "b"],
         "amount": [100.0, 200.0],
@@ -599,7 +608,14 @@ def test_the_row_itself_counts_where_the_view_says_so(small):
     assert found["spend.count_1h"].to_pylist() == [2, 1]
     found = training_set(SMALL, small, spine, features=["own"], backfill=True)
     assert found["own.count_1h"].to_pylist() == [2, 1]
-    bare = {"customer": ["a"], "at": pa.array([BASE], type=UTC)}
+    logged = {"customer": ["a", "b"], "at": pa.array([BASE + 20 * SECOND, BASE + 10 * SECOND], type=UTC)}
+    for how in ({}, {"backfill": True}):
+        # The log has what the spine has not: amounts.
+        found = training_set(SMALL, small, logged, features=["own", "spend.count_1h"], **how)
+        assert found["own.count_1h"].to_pylist() == [2, 1]
+        assert found["own.sum_amount_1h"].to_pylist() == [6.0, 3.0]
+        assert found["spend.count_1h"].to_pylist() == [1, 0]
+    bare = {"customer": ["a"], "at": pa.array([BASE + 1], type=UTC)}
     with pytest.raises(PenstockError, match=r"the spine has no column amount, needed by own: its rows are read as Pay"):
         training_set(SMALL, small, bare, features=["own"])
     assert training_set(SMALL, small, bare, features=["own.count_1h"])["own.count_1h"].to_pylist() == [2]
@@ -625,7 +641,7 @@ def test_a_row_older_than_online_state_reaches_is_exact(tmp_path):
 
     rewritten(tmp_path / "log", change)
     spine = {"who": ["a", "a"], "at": pa.array([BASE + 1000 * SECOND, BASE + 500 * SECOND], type=UTC)}
-    found = training_set(SMALL, tmp_path / "log", spine, features=["spend"], statuses=True)
+    found = training_set(SMALL, tmp_path / "log", spine, features=["spend"], statuses=True, own="never")
     assert found["spend.count_10s"].to_pylist() == [9, 10]
     assert found["spend.count_1h"].to_pylist() == [1000, 501]
     assert found["spend.last_amount_lifetime__status"].to_pylist() == ["PRESENT", "PRESENT"]
@@ -643,7 +659,7 @@ def test_integers_beyond_64_bits_make_the_whole_column_float(tmp_path, monkeypat
             engine.ingest({"who": who, "n": n, "at": BASE})
     monkeypatch.setattr(training, "CHUNK", 1)
     spine = {"who": ["b", "a", "c"], "at": pa.array([BASE] * 3, type=UTC)}
-    found = training_set({"v": view}, tmp_path / "log", spine, features=["v"])
+    found = training_set({"v": view}, tmp_path / "log", spine, features=["v"], own="never")
     assert found["v.sum_n_1h"].to_pylist() == [5.0, float(2**64 - 2), None]
 
 
@@ -688,6 +704,12 @@ TYPED = {"who": ["a"], "at": pa.array([BASE], type=UTC)}
         (TYPED, {"features": ["spend"], "workers": 0}, "workers: expected at least 1"),
         (TYPED, {"features": ["spend"], "memory": "lots"}, "memory: expected a size such as"),
         (TYPED, {"features": ["spend"], "on": "spark"}, 'on: expected "threads" or "ray"'),
+        (TYPED, {"features": ["spend"], "own": "no"}, 'own: expected "auto" or "never"'),
+        (
+            {**TYPED, "amount": ["much"]},
+            {"features": ["spend"]},
+            "amount: string in the spine, but float64 in Pay: whether a row is one of the log's own events cannot be",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(small, spine, ask, said):

@@ -9,7 +9,9 @@ PRESENT, NULL_VALUE, NOT_FOUND, OUTSIDE_MAX_AGE = "PRESENT", "NULL_VALUE", "NOT_
 
 
 def same_key(a, b):
-    """`1` and "1" are different keys; null is no key."""
+    """`1` and "1" are different keys; null is no key. A tuple is a key of several parts."""
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(same_key(x, y) for x, y in zip(a, b))
     return a is not None and b is not None and type(a) is type(b) and a == b
 
 

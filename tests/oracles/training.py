@@ -21,7 +21,8 @@ class Logged(NamedTuple):
 def own_events(app, log, spine, views, time):
     """Per spine row the sequence of the log's event that it is, or None (S5).
 
-    Rows may be events of the views' types: of those whose id the spine has, else of those that share most columns.
+    Rows may be events of the views' types: of those whose id the spine has, else of those that share most columns. Rows
+    with an id choose first; a row whose equal events are all taken is the last of them.
     """
     asked = {v.event for v in app.views if v.name in views}
     columns = set().union(*spine)
@@ -33,12 +34,15 @@ def own_events(app, log, spine, views, time):
     }
     candidates = [e for e in app.events if e.name in asked and shared[e.name] == max(shared.values())]
     taken = set()
-    found = []
-    for row in spine:
-        mine = None
+    found = [None] * len(spine)
+
+    def has_id(row):
+        return any(e.event_id in columns and row[e.event_id] is not None for e in candidates)
+
+    for i, row in sorted(enumerate(spine), key=lambda one: (not has_id(one[1]), one[0])):
         for sequence, logged in enumerate(log):
             event = next((e for e in candidates if e.name == logged.event), None)
-            if event is None or sequence in taken or logged.outcome == "duplicate":
+            if event is None or logged.outcome == "duplicate":
                 continue
             if event.event_id in columns and row[event.event_id] is not None:
                 same = row[event.event_id] == logged.row[event.event_id]
@@ -47,10 +51,10 @@ def own_events(app, log, spine, views, time):
                 fields = [f for f in event.fields if f in columns and f not in (event.event_id, event.time)]
                 same = at and all(without_nan(row[f]) == logged.row[f] for f in fields)
             if same:
-                mine = sequence
-                taken.add(sequence)
-                break
-        found.append(mine)
+                found[i] = sequence
+                if sequence not in taken:
+                    taken.add(sequence)
+                    break
     return found
 
 

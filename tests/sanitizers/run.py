@@ -53,8 +53,8 @@ def build() -> None:
 
 
 def environment() -> dict[str, str]:
-    """CPython leaks at its end by design; its pools would hide what lies behind an object, so it gets plain malloc. The C++
-    library comes first too: the sanitizer wraps its exceptions, which other packages throw."""
+    """CPython leaks at its end by design; its pools would hide what lies behind an object, so it gets plain malloc. The
+    C++ library comes first too: the sanitizer wraps its exceptions, which other packages throw."""
     libraries = [
         subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so.6")

@@ -146,6 +146,116 @@ def test_targets(served):
         assert served.get(target).status == 404, target
 
 
+def test_an_encoded_slash_is_no_separator(served, wire):
+    """RFC 3986 2.2: it is data of a name, and no name here has one."""
+    before = served.footprint()
+    for path in (
+        "/health%2Flive",
+        "/health%2flive",
+        "/%2Fhealth/live",
+        "/health/live%2F",
+        "%2Fhealth/live",
+        "/v1/score%2Ffraud",
+    ):
+        answer = served.get(path)
+        assert answer.status in (400, 404), path
+        assert served.ask(f"GET http://t{path} HTTP/1.1\r\nHost: t\r\n\r\n".encode()).status in (400, 404), path
+    assert served.post("/v1/score%2Ffraud", wire.transaction()).status == 404
+    assert served.post("/v1%2Fscore%2Ffraud", wire.transaction()).status == 404
+    assert served.post("/v1/events%2fTransaction", wire.transaction()).status == 404
+    assert served.post("/v1/score/%66raud?explain=1", wire.transaction()).status == 200
+    assert served.footprint() != before
+
+
+BROWSERS = {  # what a browser says of a page: fields, whether it may change state, whether it may read
+    "curl": ([], True, True),
+    "curl of the README": (["Content-Type: application/x-www-form-urlencoded"], True, True),
+    "own page": (["Origin: http://test", "Sec-Fetch-Site: same-origin", "Sec-Fetch-Mode: cors"], True, True),
+    "own page, old browser": (["Origin: http://TEST:80"], True, True),
+    "own page behind TLS": (["Origin: https://test"], True, True),
+    "typed into the address bar": (["Sec-Fetch-Site: none", "Sec-Fetch-Mode: navigate"], True, True),
+    "a link from elsewhere": (["Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate"], False, True),
+    "a form elsewhere": (
+        ["Origin: http://evil.example", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate"], False, False
+    ),
+    "a page elsewhere": (["Origin: http://evil.example", "Content-Type: text/plain"], False, False),
+    "a page elsewhere, JSON": (["Origin: http://evil.example", "Content-Type: application/json"], False, False),
+    "a page elsewhere that hides": (["Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors"], False, False),
+    "a sandboxed page": (["Origin: null"], False, False),
+    "a file": (["Origin: file://"], False, False),
+    "an extension": (["Origin: chrome-extension://abc"], False, False),
+    "another port": (["Origin: http://test:8080", "Sec-Fetch-Site: same-site"], False, False),
+    "a port of digits": (["Origin: http://test:"], True, True),
+    "a subdomain": (["Origin: http://a.test", "Sec-Fetch-Site: same-site"], False, False),
+    "a longer name": (["Origin: http://test.evil.example"], False, False),
+    "a shorter name": (["Origin: http://tes"], False, False),
+    "a user": (["Origin: http://test@evil.example"], False, False),
+    "nothing": (["Origin:"], False, False),
+    "two origins": (["Origin: http://test", "Origin: http://evil.example"], False, False),
+    "two origins, the other way": (["Origin: http://evil.example", "Origin: http://test"], False, False),
+    "odd capitals": (["oRiGiN: HTTP://EVIL.EXAMPLE"], False, False),
+    "an unknown word": (["Sec-Fetch-Site: somewhere"], False, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("who", BROWSERS)
+def test_pages_of_other_origins_are_refused(served, wire, who):
+    """Whatever the content type, and for every path: what a page elsewhere makes a browser send changes nothing."""
+    fields, writes, reads = BROWSERS[who]
+    before = served.footprint()
+    for path in ("/v1/score/fraud", "/v1/events/Transaction", "/v1/features/spend"):
+        body = {"keys": ["c1"]} if "features" in path else wire.transaction()
+        for _ in range(2):  # the second time the same head
+            answer = served.ask(wire.request(path, body, *fields))
+            assert answer.status == (200 if writes else 403), (path, answer)
+            if not writes:
+                assert answer.error["code"] == "foreign_origin"
+    assert (served.footprint() != before) == writes
+    for path in ("/status", "/metrics", "/health/ready"):
+        answer = served.ask("\r\n".join([f"GET {path} HTTP/1.1", "Host: test", *fields, "", ""]).encode())
+        assert answer.status == (200 if reads else 403), (path, answer)
+
+
+def test_an_origin_is_compared_with_its_port(served, wire):
+    for host, origin, same in (
+        ("127.0.0.1:8000", "http://127.0.0.1:8000", True),
+        ("127.0.0.1:8000", "http://127.0.0.1", False),
+        ("127.0.0.1", "http://127.0.0.1:8000", False),
+        ("[::1]:8000", "http://[::1]:8000", True),
+        ("[::1]:8000", "http://[::2]:8000", False),
+        ("[::1]", "http://[::1]", True),
+        ("shop.example:443", "https://shop.example", True),
+        ("shop.example:80", "https://shop.example", False),
+        ("Shop.Example", "http://shop.example:80", True),
+    ):
+        data = wire.request("/v1/score/fraud", wire.transaction(), f"Origin: {origin}")
+        answer = served.ask(data.replace(b"Host: test", f"Host: {host}".encode()))
+        assert answer.status == (200 if same else 403), (host, origin)
+
+
+@pytest.mark.parametrize("events", [8, 150])
+def test_an_array_is_ingested_by_time(wire, events):
+    """Few are done where they arrive, many wait in the queue; either way nothing of one post makes another late."""
+    logins = [
+        {"customer": f"l{i % 5}", "tries": 1, "at_ms": 1_700_000_000_000 + i * 7 % 11 * 86_400_000}
+        for i in range(events)
+    ]
+    with wire.Served() as fresh:
+        assert fresh.post("/v1/events/Login", logins).json == {"accepted": events, "outcomes": {"applied": events}}
+        found = fresh.engine.features("logins", ["l0"], as_of=1_700_000_000_000_000 + 10 * 86_400_000_000).rows[0]
+        newest = sum(e["customer"] == "l0" and e["at_ms"] == 1_700_000_000_000 + 10 * 86_400_000 for e in logins)
+        assert found["logins.sum_tries_1h"] == (newest or None)
+        again = fresh.post("/v1/events/Login", logins).json["outcomes"]
+        assert again == {
+            "late": sum(i * 7 % 11 < 10 for i in range(events)),
+            "applied": sum(i * 7 % 11 == 10 for i in range(events)),
+        }
+        bad = [*logins, {"customer": "x", "tries": "one", "at_ms": 1}]
+        before = fresh.footprint()
+        assert fresh.post("/v1/events/Login", bad).status == 422
+        assert fresh.footprint() == before
+
+
 def test_repeated_heads_are_not_parsed_again(served, wire):
     ask = wire.request("/v1/score/fraud", wire.transaction(customer="h1"), "X-Test: repeated")
     with served.client() as client:

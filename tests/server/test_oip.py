@@ -611,6 +611,73 @@ def test_what_is_not_there_is_404_with_an_error_text(oip, path):
     assert len(answer.json["error"]) < 600
 
 
+BEFORE_ROUTING = {  # refused before a route is looked for, or without one
+    "too many bytes": (["Content-Length: 2000000"], b"", 413),
+    "too many in chunks": (["Transfer-Encoding: chunked"], b"100000\r\n" + b"a" * 0x100000 + b"\r\n1\r\nb\r\n", 413),
+    "a long head": (["X: " + "a" * 20000], b"", 431),
+    "many fields": ([f"X-{i}: a" for i in range(200)], b"", 431),
+    "an expectation": (["Expect: x", "Content-Length: 2"], b"{}", 417),
+    "an expectation without a body": (["Expect: 100-continue", "Content-Length: 2000000"], b"", 413),
+    "a coding": (["Transfer-Encoding: gzip, chunked"], b"0\r\n\r\n", 400),
+    "a compression": (["Content-Encoding: br", "Content-Length: 2"], b"{}", 415),
+    "two hosts": (["Host: b", "Content-Length: 2"], b"{}", 400),
+    "no length": ([], b"", 400),
+    "two lengths": (["Content-Length: 2", "Content-Length: 3"], b"{}", 400),
+    "not HTTP": (["nonsense", "Content-Length: 2"], b"{}", 400),
+    "a wrong chunk": (["Transfer-Encoding: chunked"], b"xyz\r\n", 400),
+    "a foreign page": (["Origin: http://evil.example", "Content-Length: 2"], b"{}", 403),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BEFORE_ROUTING)
+@pytest.mark.parametrize(
+    "path", ["/v2/models/tree/infer", "/v2/nope", "/v2", "http://t/v2/models/tree/infer?a=b", "/%762/x"]
+)
+def test_what_is_refused_before_routing_is_refused_in_the_protocols_form(oip, name, path):
+    fields, body, status = BEFORE_ROUTING[name]
+    data = "\r\n".join([f"POST {path} HTTP/1.1", "Host: t", *fields, "", ""]).encode() + body
+    answer = oip.ask(data)
+    # A path that has no route, or another method, may be told first.
+    assert answer.status in ((status,) if "tree/infer" in path else (status, 404, 405)), answer
+    assert list(answer.json) == ["error"]
+    assert isinstance(answer.json["error"], str)
+    own = oip.ask(data.replace(path.encode(), b"/v1/nope"))
+    assert set(own.json["error"]) == {"code", "message", "path"}
+    beside = oip.ask(data.replace(path.encode(), b"/v2nope"))
+    assert set(beside.json["error"]) == {"code", "message", "path"}
+
+
+def test_a_request_that_never_ends_is_refused_in_the_protocols_form(oip):
+    for data in (
+        b"POST /v2/models/tree/infer HTTP/1.1\r\nHo",
+        b"POST /v2/models/tree/infer HTTP/1.1\r\nHost: t\r\nContent-Length: 9\r\n\r\n{",
+    ):
+        with oip.wire.Client(oip.process.port) as client:
+            client.send(data)
+            client.socket.shutdown(1)
+            answer = client.read()
+        assert (answer.status, list(answer.json), type(answer.json["error"])) == (400, ["error"], str)
+
+
+def test_the_limit_of_bodies_does_not_bound_binary_tensors(oip):
+    """Binary data is read where it lies; JSON of that size is refused, and what triton's client prints is a text."""
+    rows = np.resize(ROWS, (120_000, 3)).astype(np.float32)
+    with oip.triton(network_timeout=30.0) as client:
+        result = client.infer("tree", [tensor("input", rows, "FP32")], model_version="2")
+        np.testing.assert_array_equal(
+            result.as_numpy(result.get_response()["outputs"][0]["name"]).ravel(), oip.score(rows)
+        )
+        result = client.infer("tree", [tensor("input", rows, "FP32")], request_compression_algorithm="gzip")
+        assert result.get_response()["outputs"][0]["shape"][0] == 120_000
+        with pytest.raises(InferenceServerException) as refused:
+            client.infer("tree", [tensor("input", rows, "FP32", binary=False)])
+        assert isinstance(refused.value.message(), str)
+        assert "at most 1048576" in str(refused.value)
+    length = ["Inference-Header-Content-Length: 9", "Content-Length: 67108865"]
+    head = "\r\n".join(["POST /v2/models/tree/infer HTTP/1.1", "Host: t", *length, "", ""])
+    assert oip.ask(head.encode()).status == 413
+
+
 def test_names_may_be_percent_encoded(oip):
     assert oip.get("/v2/models/one%2Estring/ready").json == {"name": "one.string", "ready": True}
     assert oip.get("/v2/models/%74ree/versions/%31").json["name"] == "tree"

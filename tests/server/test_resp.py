@@ -516,7 +516,78 @@ def test_client_commands(client, served):
     assert isinstance(client.ask("CLIENT", "REPLY", "OFF"), Error)
     assert client.ask("SELECT", 0) == "OK"
     assert str(client.ask("SELECT", 1)) == "ERR DB index is out of range"
-    assert "no transactions" in str(client.ask("MULTI"))
+
+
+def test_a_refused_multi_takes_all_up_to_its_end_with_it(served):
+    """What a client means to be done together is not done one by one; after EXEC or DISCARD the connection goes on."""
+    ingest = ("PENSTOCK.INGEST", "Transaction", as_json())
+    between = [
+        ingest,
+        ("PENSTOCK.SCORE", "fraud", as_json()),
+        ("PENSTOCK.SCORE", "fraud", as_json(), as_json()),
+        ("PENSTOCK.SCORE", "fraud", "NOINGEST", as_json()),
+        ("PENSTOCK.FEATURES", "spend", "c1"),
+        ("PENSTOCK.INFER", "none", "x"),
+        ("PING",), ("ECHO", "x"), ("SELECT", "0"), ("HELLO", "3"), ("MULTI",), ("WATCH", "k"), ("NOSUCH",),
+        ("DISCARD", "x"),
+    ]  # fmt: skip
+    before = served.engine.stats()["outcomes"]
+    ends = ((("EXEC",), "EXECABORT"), (("EXEC", "x"), "EXECABORT"), (("DISCARD",), "OK"), (("RESET",), "RESET"))
+    for end, reply in ends:
+        for start in (("MULTI",), ("multi",), ("MULTI", "x")):
+            with served.client() as client:
+                assert "no transactions" in str(client.ask(*start))
+                for asked in between:  # each alone, then all in one write
+                    assert isinstance(client.ask(*asked), Error), asked
+                client.send(
+                    b"".join(command(*asked) for asked in between) + b"PENSTOCK.SCORE fraud {}\r\n" + command(*end)
+                )
+                answers = [client.read() for _ in range(len(between) + 2)]
+                assert all(isinstance(answer, Error) for answer in answers[:-1])
+                assert all(
+                    "MULTI before it was refused" in str(a) for a in answers[:-1] if "wrong number" not in str(a)
+                )
+                assert str(answers[-1]).split()[0] == reply
+                assert client.ask("PING") == "PONG"
+    assert served.engine.stats()["outcomes"] == before
+    with served.client() as client:
+        # Also where what went before it waits in a queue.
+        client.send(
+            command("PENSTOCK.SCORE", "fraud", as_json()) + command("MULTI") + command(*ingest) + command("EXEC")
+        )
+        assert told(client.read())["outcome"] == "applied"
+        assert [str(client.read()).split()[0] for _ in range(3)] == ["ERR", "ERR", "EXECABORT"]
+        assert told(client.ask("PENSTOCK.SCORE", "fraud", as_json()))["outcome"] == "applied"
+
+
+def test_redis_pys_default_pipeline_raises_and_changes_nothing(served):
+    redis = pytest.importorskip("redis")
+    before = served.engine.stats()["outcomes"]
+    with redis.Redis(port=served.port) as r:
+        for raising in (True, False):
+            pipeline = r.pipeline()
+            for _ in range(3):
+                pipeline.execute_command("PENSTOCK.INGEST", "Transaction", as_json())
+            with pytest.raises(redis.ResponseError, match="no transactions"):
+                pipeline.execute(raise_on_error=raising)
+        assert served.engine.stats()["outcomes"] == before
+        assert r.execute_command("PENSTOCK.INGEST", "Transaction", as_json()) in (b"applied", "applied")
+
+
+def test_events_of_one_command_are_ingested_by_time_and_answered_as_they_were_given(client, served):
+    many = [as_json(customer=f"bulk{i % 7}", at=f"2001-01-{1 + (i * 11) % 27:02d}T00:00:00Z") for i in range(150)]
+    at = int(datetime.now(UTC).timestamp()) * 1000
+    logins = [{"customer": "bulk", "tries": 1, "at_ms": at - 1000 * back} for back in (0, 7200, 0, 90000, -90000, 3)]
+    with Served() as fresh, fresh.client() as alone:
+        assert alone.ask("PENSTOCK.INGEST", "Transaction", *many) == ["applied"] * 150
+        assert alone.ask("PENSTOCK.INGEST", "Login", *[json.dumps(e).encode() for e in logins]) == [
+            "applied", "applied", "applied", "applied", "quarantined", "applied",
+        ]  # fmt: skip
+    client.ask("PENSTOCK.INGEST", "Login", json.dumps(logins[0]).encode())
+    answers = client.ask("PENSTOCK.INGEST", "Login", *[json.dumps(e).encode() for e in logins])
+    assert answers[4] == "quarantined"
+    assert [answers[i] for i in (0, 2)] == ["applied"] * 2
+    assert answers[3] == "late"
 
 
 def test_info_and_command(client):
@@ -1074,11 +1145,24 @@ def _exchange(port: int, data: bytes) -> bytes:
         command("ping") + command("PiNg"),
         b"PING\nPING\n",
         command("RESET") + command("QUIT") + command("PING"),
+        command("EXEC") + command("DISCARD") + command("EXEC", "x") + command("DISCARD", "x"),
         command("COMMAND", "COUNT", "x")[:0] + command("ECHO", ""),
     ],
 )
 def test_agrees_with_redis(served, redis_port, frame):
     assert _exchange(served.port, frame) == _exchange(redis_port, frame)
+
+
+@pytest.mark.parametrize("end", [("EXEC",), ("EXEC", "x"), ("DISCARD",), ("RESET",), ("DISCARD", "x")])
+def test_a_transaction_that_failed_ends_as_redis_ends_it(served, redis_port, end):
+    """There the refusal is of a command inside, here of MULTI itself: from the end on both say the same."""
+    frame = command("MULTI") + command("NOSUCH", "x") + command(*end) + command("EXEC") + command("ECHO", "x")
+    ours, theirs = _exchange(served.port, frame).split(b"\r\n"), _exchange(redis_port, frame).split(b"\r\n")
+    assert theirs[0] == b"+OK"
+    assert ours[0].startswith(b"-ERR MULTI is not served")
+    assert ours[1].startswith(b"-ERR ")
+    assert theirs[1].startswith(b"-ERR ")
+    assert ours[2:] == theirs[2:]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

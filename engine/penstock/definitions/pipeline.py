@@ -23,7 +23,7 @@ class OnDemandFeatureView(msgspec.Struct, frozen=True):
 
     name: str
     function: Callable[..., Any]
-    mode: Literal["native", "python"] = "native"
+    mode: Literal["native", "python"] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The plain Python function, for tests and notebooks."""
@@ -34,7 +34,7 @@ class OnDemandFeatureView(msgspec.Struct, frozen=True):
 def on_demand_feature_view(function: Callable[..., Any], /) -> OnDemandFeatureView: ...
 @overload
 def on_demand_feature_view(
-    *, name: str | None = None, mode: Literal["native", "python"] = "native"
+    *, name: str | None = None, mode: Literal["native", "python"] | None = None
 ) -> Callable[[Callable[..., Any]], OnDemandFeatureView]: ...
 
 
@@ -43,11 +43,13 @@ def on_demand_feature_view(
     /,
     *,
     name: str | None = None,
-    mode: Literal["native", "python"] = "native",
+    mode: Literal["native", "python"] | None = None,
 ) -> Any:
     """Declare a function as an on-demand feature; its name is the function's unless `name` is given.
 
     mode="native" compiles it when the app is loaded, and refuses what cannot be compiled; mode="python" calls Python.
+    Left out, it is compiled where Numba is installed (extra `functions`), and called in Python where it is not: slower,
+    with the same results but where a 64-bit integer overflows or a math function is outside its domain.
     """
 
     def declare(fn: Callable[..., Any]) -> OnDemandFeatureView:

@@ -515,8 +515,15 @@ def _load(
     pages: dict[int, StorePages] = {}
     committed: list[int] = []
     try:
-        for fingerprint, state in wanted.items():
+        for fingerprint, state in list(wanted.items()):
             pages[fingerprint] = _load_store(folder, fingerprint, stores[fingerprint], state, report)
+            if native.load_is_unfit(stores[fingerprint]):
+                del wanted[fingerprint], pages[fingerprint]
+                native.cancel_load(stores[fingerprint])
+                skipped.append(
+                    f"{folder / name}: state {fingerprint:016x} is of an older format, which could damage it; it is "
+                    "built anew from history"
+                )
         for fingerprint, state in wanted.items():
             native.commit_load(stores[fingerprint], state.size)
             committed.append(fingerprint)

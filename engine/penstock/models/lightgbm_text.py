@@ -1,17 +1,19 @@
 """LightGBM's text model format (control path).
 
 Follows LightGBM 4.7: every comparison is in double, NaN becomes 0 unless the node tells missing values apart, values
-within 1e-35 of zero are zero, and scores add up in double, tree by tree. Linear trees are refused.
+within 1e-35 of zero are zero, and scores add up in double, tree by tree. Linear trees are refused. What must stay true:
+a key that no LightGBM so far has written is refused, for scores may depend on it.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from array import array
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .tree_ensemble import Aggregate, Transform, TreeEnsemble, TreeError, below
+from .tree_ensemble import MOST_INPUTS, Aggregate, Transform, TreeEnsemble, TreeError, below, room_of
 
 __all__ = ["parse_lightgbm"]
 
@@ -19,6 +21,19 @@ __all__ = ["parse_lightgbm"]
 _ZERO = 1.0000000180025095e-35
 _CATEGORICAL, _DEFAULT_LEFT = 1, 2
 _MISSING_NONE, _MISSING_ZERO, _MISSING_NAN = 0, 1, 2
+
+NEWEST = 4  # of `version=v4`: the newest whose files were compared with it, bit for bit
+# Every key that LightGBM 2.0 to 4.7 writes.
+_KNOWN_HEADER = (
+    "version num_class num_tree_per_iteration label_index max_feature_idx objective average_output feature_names "
+    "feature_infos monotone_constraints tree_sizes"
+)
+_KNOWN_TREE = (
+    "num_leaves num_cat has_categorical split_feature split_gain threshold decision_type left_child right_child "
+    "leaf_value leaf_weight leaf_count leaf_parent leaf_depth internal_value internal_weight internal_count "
+    "cat_boundaries cat_threshold is_linear leaf_const num_features leaf_features leaf_coeff shrinkage"
+)
+_HEADER, _TREE = frozenset(_KNOWN_HEADER.split()), frozenset(_KNOWN_TREE.split())
 
 _T = TypeVar("_T", int, float)
 
@@ -41,9 +56,9 @@ def _number(block: dict[str, str], key: str, where: str, default: int | None = N
     return _numbers(block, key, int, 1, where)[0]
 
 
-def _category_steps(words: list[int]) -> list[float]:
+def _category_steps(words: list[int]) -> array[float]:
     """Steps of a set of categories given as bits: x belongs to category int(x), truncated; negative ones to none."""
-    steps: list[float] = []
+    steps = array("d")
     for k in range(32 * len(words)):
         if not words[k // 32] >> k % 32 & 1:
             continue
@@ -55,6 +70,15 @@ def _category_steps(words: list[int]) -> list[float]:
             steps.append(first)
         steps.append(below(float(k + 1), False))
     return steps
+
+
+def _count_steps(words: list[int]) -> int:
+    """How many steps a set has: two for every run of categories."""
+    count = before = 0
+    for word in words:
+        count += (word & ~(word << 1 | before)).bit_count()
+        before = word >> 31
+    return 2 * count
 
 
 def _add_numeric(form: TreeEnsemble, feature: int, threshold: float, kind: int, left: bool, yes: int, no: int) -> None:
@@ -111,6 +135,14 @@ def _add_tree(form: TreeEnsemble, block: dict[str, str], target: int, where: str
             raise TreeError(f"{where}: child {k} of a tree with {leaves} leaves")
         return k + first_node if k >= 0 else k - first_leaf
 
+    # Before anything is made of them: a set that all nodes share is a few bytes for each.
+    sets: dict[float, int] = {}
+    for i in range(n):
+        k = thresholds[i]
+        if decisions[i] & _CATEGORICAL and 0 <= k < n_sets and k == int(k):
+            if k not in sets:
+                sets[k] = _count_steps(words[bounds[int(k)] : bounds[int(k) + 1]])
+            form.expect(sets[k], f"{where}: node {i}")
     form.roots.append(first_node)
     for i in range(n):
         yes, no = child(left[i]), child(right[i])
@@ -165,44 +197,63 @@ def _set_objective(form: TreeEnsemble, objective: str) -> None:
         form.transform = Transform.SIGNED_SQUARE
 
 
-def parse_lightgbm(text: str) -> TreeEnsemble:
-    """The model that Booster.save_model or model_to_string wrote. Raises TreeError naming the tree and the field."""
-    if not text.startswith("tree\n") and not text.startswith("tree\r\n"):
-        raise TreeError("line 1: expected `tree`, the first line of a LightGBM model")
+def _blocks(text: str) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """The header, and a block per tree. Lines end as LightGBM ends them: names may hold any other blank."""
     header: dict[str, str] = {}
     blocks: list[dict[str, str]] = []
-    block = header
+    block, known = header, _HEADER
     ended = False
-    for line in text.splitlines()[1:]:
-        if line == "end of trees":
+    for line in itertools.islice(text.split("\n"), 1, None):
+        line = line.removesuffix("\r")
+        # LightGBM 2.1 and older say nothing behind the last tree but the importances.
+        if line == "end of trees" or (blocks and line in ("feature importances:", "feature_importances:")):
             ended = True
             break
+        where = f"Tree={len(blocks) - 1}" if blocks else "header"
         key, equals, value = line.partition("=")
         if key == "Tree" and equals:
             if value != str(len(blocks)):
-                raise TreeError(f"Tree={value}: expected Tree={len(blocks)}")
-            block = {}
+                raise TreeError(f"Tree={value[:40]}: expected Tree={len(blocks)}")
+            block, known = {}, _TREE
             blocks.append(block)
         elif equals:
+            if key not in known:
+                raise TreeError(
+                    f"{where}: {key[:40]!r} is not known to Penstock, which knows the files of LightGBM up to "
+                    f"v{NEWEST}; scores may depend on it: save the model with one of these"
+                )
+            if key in block:
+                raise TreeError(f"{where}: {key} stands twice")
             block[key] = value
         elif line == "average_output":
             block[line] = ""
         elif line:
-            raise TreeError(
-                f"{'header' if block is header else f'Tree={len(blocks) - 1}'}: unexpected line {line[:40]!r}"
-            )
+            raise TreeError(f"{where}: unexpected line {line[:40]!r}")
     if not ended:
         raise TreeError(f"Tree={len(blocks) - 1}: the file ends before `end of trees`")
     if not blocks:
         raise TreeError("there are no trees")
+    return header, blocks
+
+
+def parse_lightgbm(text: str) -> TreeEnsemble:
+    """The model that Booster.save_model or model_to_string wrote. Raises TreeError naming the tree and the field."""
+    if not text.startswith("tree\n") and not text.startswith("tree\r\n"):
+        raise TreeError("line 1: expected `tree`, the first line of a LightGBM model")
+    header, blocks = _blocks(text)
     n_inputs = _number(header, "max_feature_idx", "header") + 1
     per_iteration = _number(header, "num_tree_per_iteration", "header", 1)
-    names = header.get("feature_names", "").split()
+    if n_inputs > MOST_INPUTS:
+        raise TreeError(f"header: max_feature_idx is {n_inputs - 1}, expected at most {MOST_INPUTS - 1}")
+    names = [name for name in header.get("feature_names", "").split(" ") if name]
     if n_inputs < 1 or len(names) != n_inputs:
         raise TreeError(f"header: {len(names)} feature_names, max_feature_idx {n_inputs - 1}")
     if per_iteration < 1 or len(blocks) % per_iteration:
         raise TreeError(f"header: num_tree_per_iteration is {per_iteration}, there are {len(blocks)} trees")
-    form = TreeEnsemble(n_inputs, per_iteration, per_iteration, names)
+    form = TreeEnsemble(n_inputs, per_iteration, per_iteration, names, room_of(len(text)))
+    version = header.get("version", "").removeprefix("v")
+    if version.isdecimal() and len(version) < 10 and int(version) > NEWEST:
+        form.warning = f"version=v{version}; Penstock's scores were compared with those of LightGBM up to v{NEWEST}"
     _set_objective(form, header.get("objective", ""))
     if "average_output" in header:
         form.aggregate, form.divisor = Aggregate.AVERAGE, float(len(blocks) // per_iteration)

@@ -2,9 +2,9 @@
 
 Parsing is slow Python, and one busy Python thread makes an event loop wake late by milliseconds; so the serving process
 does none of it. The child hands back what it made in memory that both have mapped: of trees the flat arrays
-(ext/tree_form.h), from which the kernel's tables are built with the GIL released; of other ONNX files their bytes.
-What must stay true: whatever a file holds, whoever kills the child, the answer is a model or a ModelError; and the
-child ends with its parent.
+(ext/tree_form.h), from which the kernel's tables are built with the GIL released; of other ONNX files their bytes, once
+a child of its own has run them (trial.py). What must stay true: whatever a file holds, whoever kills the child, the
+answer is a model or a ModelError; and the child ends with its parent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import mmap
 import os
-import re
 import select
 import signal
 import socket
@@ -30,13 +29,12 @@ import msgspec
 from .folder import SUFFIXES, ModelError, aliases, is_name, model_file, versions
 from .runtime import Runtime
 from .tree_ensemble import TreePorts
+from .trial import REFUSED, Trial, remember, try_file
 
 __all__ = ["Compiled", "FoundModel", "FoundVersion", "Loader", "build", "main", "nicely"]
 
 LOOK_EVERY = 2.0  # seconds between two looks whether the parent lives
 NICE = 10  # of the child, and of threads that build; a thread that holds the GIL does not give way
-# The first entry of an ONNX tensor's external_data: its key, whose length may be written longer than needed.
-_ELSEWHERE = re.compile(rb"\x0a(\x08|\x88\x80*\x00)location")
 _LENGTH = 4
 _MOST = 1 << 30  # bytes of a message
 
@@ -70,7 +68,7 @@ class Compiled(msgspec.Struct, frozen=True, kw_only=True):
     """A file that was read, and what its memory holds. kind: trees | onnx | onnx_file (an ONNX file as it is).
 
     inputs: names in the order of the columns, or None; ports: of trees, as tree_ports() gives them; output, shown,
-    folder: as OnnxSource.
+    folder: as OnnxSource. trial: of a file that is still to be tried. warning: what whoever loads it should know.
     """
 
     kind: str
@@ -84,6 +82,8 @@ class Compiled(msgspec.Struct, frozen=True, kw_only=True):
     output: str | None = None
     shown: str | None = None
     folder: str | None = None
+    trial: Trial | None = None
+    warning: str = ""
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True, tag="look"):
@@ -102,7 +102,8 @@ class Scan(msgspec.Struct, frozen=True, kw_only=True, tag="scan"):
 
 class Compile(msgspec.Struct, frozen=True, kw_only=True, tag="compile"):
     """Read a file and compile it. given: the bytes come with the message, the path only names them. whole: an ONNX file
-    that holds no trees stays as it is, with all its outputs."""
+    that holds no trees stays as it is, with all its outputs. untried: the caller will try it.
+    patience: as try_file(). refused: what trial.REFUSED holds."""
 
     path: str
     name: str
@@ -110,12 +111,16 @@ class Compile(msgspec.Struct, frozen=True, kw_only=True, tag="compile"):
     output: str | None = None
     given: bool = False
     whole: bool = False
+    untried: bool = False
+    patience: float | None = None
+    refused: dict[str, str] = {}
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What the child answers; error: the text of a ModelError."""
+    """What the child answers; error: the text of a ModelError; refused: what trial.REFUSED holds."""
 
     error: str = ""
+    refused: dict[str, str] = {}
     compiled: Compiled | None = None
     found: list[FoundModel] = []
     whole: bool = False
@@ -268,6 +273,8 @@ class Loader:
                         what = request.name if isinstance(request, (Look, Compile)) else request.root
                         raise ModelError(f"model {what}: the loader ended while reading it ({why})") from None
         answer = _answers.decode(body)
+        for key, why in answer.refused.items():
+            remember(key, why)
         if answer.error:
             if got >= 0:
                 os.close(got)
@@ -293,9 +300,11 @@ class Loader:
         *,
         content: bytes | None = None,
         whole: bool = False,
+        untried: bool = False,
+        patience: float | None = None,
     ) -> tuple[Compiled, Any]:
-        """A file (or its content) compiled, and the memory that holds it: mapped, or for an onnx_file whose content was
-        given, an open file; None where the path is all. Raises ModelError."""
+        """A file (or its content) compiled, and the memory that holds it, mapped; None for an onnx_file that is opened
+        from its path. Raises ModelError."""
         given = -1
         try:
             if content is not None:
@@ -309,6 +318,9 @@ class Loader:
                     output=output,
                     given=content is not None,
                     whole=whole,
+                    untried=untried,
+                    patience=patience,
+                    refused=dict(REFUSED),
                 ),
                 given,
             )
@@ -317,8 +329,8 @@ class Loader:
         finally:
             if given >= 0:
                 os.close(given)
-        if answer.compiled is not None and answer.compiled.kind == "onnx_file":
-            return answer.compiled, None if descriptor < 0 else os.fdopen(descriptor, "rb")
+        if answer.compiled is not None and answer.compiled.kind == "onnx_file" and descriptor < 0:
+            return answer.compiled, None
         if answer.compiled is None or descriptor < 0:
             raise ModelError(f"model {name}: the loader gave nothing")
         try:
@@ -473,8 +485,10 @@ class _Child:
             raise ModelError(f"model {request.name}: {path} is no model file; expected one of {', '.join(SUFFIXES)}")
         data, status = self.read(request, path, given)
         digest = hashlib.sha256(data).hexdigest()
+        for key, why in request.refused.items():
+            remember(key, why)
         file = Path(f"/proc/self/fd/{given}") if request.given else path
-        compiled, made = _compile(request, path, data, file)
+        compiled, made = _compile(request, path, data, file, digest)
         descriptor = -1
         try:
             descriptor = -1 if made is None else _memory("penstock-model")
@@ -532,9 +546,9 @@ def _stamp(found: FoundVersion) -> tuple[str, int, int, int]:
     return found.path, found.size, found.mtime_ns, found.inode
 
 
-def _compile(request: Compile, path: Path, data: bytes, file: Path) -> tuple[Compiled, bytes | None]:
+def _compile(request: Compile, path: Path, data: bytes, file: Path, digest: str) -> tuple[Compiled, bytes | None]:
     """What a file's bytes hold; `file`: where they are."""
-    from .onnx_runtime import OnnxSource
+    from .onnx_runtime import OnnxSource, has_external
     from .runtime import bind_inputs
     from .trees import NotATreeModel, compile_form, parse_ensemble, tree_ports
 
@@ -547,7 +561,8 @@ def _compile(request: Compile, path: Path, data: bytes, file: Path) -> tuple[Com
             inputs = bind_inputs(form.feature_names, request.inputs, form.n_inputs, name)
             bound = None if inputs is None else list(inputs)
             ports = tree_ports(path, form.n_inputs, form.n_outputs, file)
-            return Compiled(kind="trees", inputs=bound, ports=ports, **common), compile_form(form)
+            made = Compiled(kind="trees", inputs=bound, ports=ports, warning=form.warning, **common)
+            return made, compile_form(form)
         except NotATreeModel as error:
             reason = str(error)
         except ModelError:
@@ -556,23 +571,54 @@ def _compile(request: Compile, path: Path, data: bytes, file: Path) -> tuple[Com
             raise ModelError(f"model {name}: {error or 'memory is short'}") from None
     if path.suffix != ".onnx":
         raise ModelError(f"model {name}: {path}: {reason}")
-    if request.given and _ELSEWHERE.search(data):
+    if request.given and has_external(data):
         raise ModelError(f"model {name}: {path} has tensors in other files; such a model is loaded from the folder")
     if request.whole:
-        return Compiled(kind="onnx_file", **common), data if request.given else None
+        return _compile_whole(request, path, data, digest, common)
     source = OnnxSource.of(path, data, request.output, name)
-    made = source.data if isinstance(source.data, bytes) else data
-    return (
-        Compiled(
-            kind="onnx",
-            inputs=request.inputs,
-            output=source.output,
-            shown=source.shown,
-            folder=source.folder or str(path.parent),
-            **common,
-        ),
-        made,
+    try_file(source.trial(path, digest, request.inputs, name), source.bytes, fork=True, patience=request.patience)
+    compiled = Compiled(
+        kind="onnx",
+        inputs=request.inputs,
+        output=source.output,
+        shown=source.shown,
+        folder=source.folder or str(path.parent),
+        **common,
     )
+    return compiled, data if source.bytes is None else source.bytes
+
+
+def _compile_whole(
+    request: Compile, path: Path, data: bytes, digest: str, common: dict[str, Any]
+) -> tuple[Compiled, bytes | None]:
+    """An ONNX file with all its outputs: as it is, or with tensors in the place of lists of maps."""
+    from .onnx_graph import GraphError, with_tensors
+    from .onnx_runtime import size_with_tensors
+
+    try:
+        made = with_tensors(data)
+    except GraphError:
+        made = None  # ONNX Runtime says what is wrong with it
+    if made is None and request.given:
+        made = data
+    folder = None if made is None or request.given else str(path.parent)
+    trial = Trial(
+        name=request.name,
+        file=str(path),
+        sha256=digest,
+        size=len(data) if request.given else size_with_tensors(path, data),
+        path=None if made is not None else str(path),
+        folder=folder,
+        whole=True,
+    )
+    if not request.untried:
+        try_file(trial, made, fork=True, patience=request.patience)
+    return Compiled(kind="onnx_file", folder=folder, trial=trial if request.untried else None, **common), made
+
+
+def _printable(text: str) -> str:
+    """A file may hold half a surrogate pair, and an error may quote it."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _serve(channel: socket.socket, parent: int) -> None:
@@ -592,10 +638,12 @@ def _serve(channel: socket.socket, parent: int) -> None:
         try:
             answer, made = child.answer(_requests.decode(body), given)
         except ModelError as error:
-            answer = Answer(error=str(error))
+            answer = Answer(error=_printable(str(error)))
         except Exception as error:  # a defect of a parser is no reason to stop serving the others
-            answer = Answer(error=f"{type(error).__name__}: {error}")
+            answer = Answer(error=_printable(f"{type(error).__name__}: {error}"))
         try:
+            if REFUSED:
+                answer = msgspec.structs.replace(answer, refused=dict(REFUSED))
             _send(channel, _encode(answer), made)
         except OSError:
             return

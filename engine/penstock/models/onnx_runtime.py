@@ -1,12 +1,17 @@
 """The ONNX Runtime runtime: any ONNX graph over numbers (control path; the calls are in ext/onnx.pyx).
 
 One thread, sequential, no spinning. A row scores the same bits alone and in a batch: ONNX Runtime picks other kernels
-for other batch sizes, so rows run one by one. The file is cut down to the output that is read before it is loaded.
+for other batch sizes, so rows run one by one. The file is cut down to the output that is read before it is loaded. What
+must stay true: a session is made of what has passed its trial (trial.py).
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +20,39 @@ import numpy as np
 import numpy.typing as npt
 
 from .folder import ModelError
-from .onnx_graph import GraphError, only_output
+from .onnx_graph import GraphError, TooDeep, only_output
+from .trial import Trial, try_file
 
-__all__ = ["OnnxRuntime", "OnnxSource"]
+__all__ = ["OnnxRuntime", "OnnxSource", "has_external", "size_with_tensors"]
 
 # Beyond this, copying the file to leave out a label is not worth its memory.
 _CUT_BYTES = 64 << 20
+
+
+# The first entry of a tensor's external_data: its key, whose length may be written longer than needed.
+_ELSEWHERE = re.compile(rb"\x0a(\x08|\x88\x80*\x00)location")
+
+
+def has_external(data: Any) -> bool:
+    """Whether an ONNX file has tensors in other files."""
+    return _ELSEWHERE.search(data) is not None
+
+
+def size_with_tensors(path: Path, data: bytes | None) -> int:
+    """Bytes of a file and of what may be its external tensors."""
+    size = path.stat().st_size if data is None else len(data)
+    if data is not None and not has_external(data):
+        return size
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(path.parent):
+            if entry.is_file() and entry.name != path.name:
+                size += entry.stat().st_size
+    return size
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class OnnxSource(NamedTuple):
@@ -41,11 +73,31 @@ class OnnxSource(NamedTuple):
             return cls(path, output, output, None)
         try:
             cut, shown = only_output(path.read_bytes() if data is None else data, output, choose_output)
+        except TooDeep as error:
+            raise ModelError(f"model {name}: {path}: {error}") from None
         except GraphError:
             return cls(path, output, output, None)  # ONNX Runtime says what is wrong with it
         except ValueError as error:
             raise ModelError(f"model {name}: {error}") from None
         return cls(cut, None, shown, str(path.parent))
+
+    @property
+    def bytes(self) -> bytes | None:
+        return self.data if isinstance(self.data, bytes) else None
+
+    def trial(self, path: Path, sha256: str, inputs: Sequence[str] | None, name: str) -> Trial:
+        """What a session of it is tried with; sha256: of the file."""
+        return Trial(
+            name=name,
+            file=str(path),
+            sha256=sha256,
+            size=size_with_tensors(path, self.bytes),
+            path=None if self.bytes is not None else str(self.data),
+            inputs=None if inputs is None else list(inputs),
+            output=self.output,
+            shown=self.shown,
+            folder=self.folder,
+        )
 
 
 class OnnxRuntime:
@@ -56,7 +108,9 @@ class OnnxRuntime:
     def __init__(
         self, path: Path, inputs: Sequence[str] | None, output: str | None, name: str, api: str | None = None
     ) -> None:
-        self._open(OnnxSource.of(path, None, output, name), inputs, name, api)
+        source = OnnxSource.of(path, None, output, name)
+        try_file(source.trial(path, sha256_of(path), inputs, name), source.bytes)
+        self._open(source, inputs, name, api)
 
     def _open(self, source: OnnxSource, inputs: Sequence[str] | None, name: str, api: str | None = None) -> None:
         from .._ext.onnx import OnnxModel
@@ -67,8 +121,10 @@ class OnnxRuntime:
             self.model = OnnxModel(
                 source.data, inputs, source.output, name=label, external_folder=source.folder, api=api
             )
-        except (ValueError, RuntimeError) as error:
+        except ValueError as error:
             raise ModelError(str(error)) from None
+        except RuntimeError as error:
+            raise ModelError(f"{error}; what is right, onnx.checker.check_model says") from None
         except ImportError:
             raise ModelError(f"{label} needs onnxruntime: pip install 'penstock[onnx]'") from None
         self.inputs = self.model.inputs

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .onnx_protobuf import DOUBLE, FLOAT, Graph, Node, read_graph
-from .tree_ensemble import Aggregate, NotATreeModel, Transform, TreeEnsemble, TreeError, below
+from .tree_ensemble import MOST_INPUTS, Aggregate, NotATreeModel, Transform, TreeEnsemble, TreeError, below, room_of
 
 __all__ = ["parse_onnx"]
 
@@ -21,6 +21,21 @@ _OPS = ("TreeEnsembleClassifier", "TreeEnsembleRegressor", "TreeEnsemble")
 _MODES = ("BRANCH_LEQ", "BRANCH_LT", "BRANCH_GTE", "BRANCH_GT", "BRANCH_EQ", "BRANCH_NEQ", "BRANCH_MEMBER")
 _LEAF = "LEAF"
 _POSTS = {"NONE": 0, "SOFTMAX": 1, "LOGISTIC": 2, "SOFTMAX_ZERO": 3, "PROBIT": 4}
+_NODES = (
+    "nodes_falsenodeids nodes_featureids nodes_hitrates nodes_hitrates_as_tensor nodes_missing_value_tracks_true "
+    "nodes_modes nodes_nodeids nodes_treeids nodes_truenodeids nodes_values nodes_values_as_tensor base_values "
+    "base_values_as_tensor post_transform "
+)
+# Every attribute of ai.onnx.ml 1 to 5: a file with another is ONNX Runtime's to judge.
+_ATTRIBUTES = {
+    "TreeEnsembleClassifier": _NODES + "class_ids class_nodeids class_treeids class_weights class_weights_as_tensor "
+    "classlabels_int64s classlabels_strings",
+    "TreeEnsembleRegressor": _NODES + "aggregate_function n_targets target_ids target_nodeids target_treeids "
+    "target_weights target_weights_as_tensor",
+    "TreeEnsemble": "aggregate_function leaf_targetids leaf_weights membership_values n_targets nodes_falseleafs "
+    "nodes_falsenodeids nodes_featureids nodes_hitrates nodes_missing_value_tracks_true nodes_modes nodes_splits "
+    "nodes_trueleafs nodes_truenodeids post_transform tree_roots",
+}
 _AGGREGATES = {
     "AVERAGE": Aggregate.AVERAGE, "SUM": Aggregate.SUM, "MIN": Aggregate.MIN, "MAX": Aggregate.MAX,
 }  # fmt: skip
@@ -299,6 +314,9 @@ def _find(graph: Graph) -> tuple[Node, int, bool]:
     if len(found) != 1:
         raise NotATreeModel(f"{len(found)} tree ensembles in the graph")
     node = found[0]
+    unknown = sorted(node.attributes.keys() - set(_ATTRIBUTES[node.op_type].split()))
+    if unknown:
+        raise NotATreeModel(f"{node.op_type} has an attribute that the kernel does not know: {unknown[0][:40]!r}")
     if len(node.inputs) != 1 or not node.outputs:
         raise TreeError(f"{node.op_type}: {len(node.inputs)} inputs")
     if any(not 1 <= version <= 5 for domain, version in graph.opsets.items() if domain == "ai.onnx.ml"):
@@ -322,8 +340,8 @@ def _find(graph: Graph) -> tuple[Node, int, bool]:
     types.append(port.element)
     if any(kind not in (FLOAT, DOUBLE) for kind in types):
         raise NotATreeModel("inputs are neither float nor double")
-    if len(port.dims) != 2 or port.dims[1] is None or not 0 < port.dims[1] < 1 << 24:
-        raise NotATreeModel("the graph does not say how many inputs it takes")
+    if len(port.dims) != 2 or port.dims[1] is None or not 0 < port.dims[1] <= MOST_INPUTS:
+        raise NotATreeModel(f"the graph does not say how many inputs it takes, 1 to {MOST_INPUTS}")
 
     # From the ensemble on: scores may only be passed on; what follows from the label alone is not read.
     classifier = node.op_type == "TreeEnsembleClassifier"
@@ -359,7 +377,7 @@ def parse_onnx(data: bytes) -> TreeEnsemble:
     holds something else."""
     node, n_inputs, double = _find(read_graph(data))
     a = _Attributes(node)
-    form = TreeEnsemble(n_inputs, 1, 1)
+    form = TreeEnsemble(n_inputs, 1, 1, room=room_of(len(data)))
     form.round_input = bool(node.attributes["ps:rounded"])
     form.accumulate32 = not double
     form.transform = Transform.ONNX_REGRESSOR

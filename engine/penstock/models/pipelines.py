@@ -39,6 +39,7 @@ class PipelineModels:
     def __init__(self, engine: Engine, loader: Loader) -> None:
         self.engine = engine
         self.loader = loader
+        self.warnings: list[str] = []  # of files that were loaded, until the repository has said them
 
     def changes(self, found: FoundModel) -> list[PipelineChange]:
         """References of the app that mean another file of this model than they run. Raises ModelError for an alias
@@ -75,6 +76,8 @@ class PipelineModels:
             try:
                 compiled, memory = self.loader.compile(change.found.path, ref, key[1])
                 time.sleep(0)
+                if compiled.warning:
+                    self.warnings.append(f"model {ref}: {compiled.path}: {compiled.warning}")
                 runtime = build(compiled, memory, ref)
                 time.sleep(0)
                 runtime.warm()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ import msgspec
 from .deployment import Deployment, Worker
 from .folder import SUFFIXES, ModelError, is_name, is_version, version_key
 from .loader import Compiled, FoundModel, FoundVersion, Loader, build, nicely
+from .trial import try_file
 
 if TYPE_CHECKING:
     from .._ext.infer import ServedModel
@@ -34,6 +36,9 @@ CONTROLS = ("none", "explicit", "poll")
 FEW = 8  # models at the start that are not worth another child
 MOST_STARTERS = 4
 PERIOD = 2.0  # seconds between two looks of a watch
+SOON = 0.5  # seconds of a trial after which the index says that it takes long, and others do not wait for it
+START_PATIENCE = 3.0  # seconds of a trial at the start, where a watch will try again
+TRIALS = 2  # at a time
 RETRY_FIRST, RETRY_MOST = 10.0, 640.0  # seconds until a version that failed is tried again by the watch
 
 
@@ -65,13 +70,16 @@ class _Version:
 class _Model:
     """One model of the repository."""
 
-    __slots__ = ("config", "given", "lock", "name", "retry_at", "retry_in", "rows", "state", "unloaded", "versions")
+    __slots__ = (
+        "config", "given", "lock", "name", "retry_at", "retry_in", "rows", "slow", "state", "unloaded", "versions",
+    )  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.versions: dict[str, _Version] = {}
         self.lock = asyncio.Lock()
         self.state = ""  # LOADING, UNLOADING, or ''
+        self.slow = ""  # why loading takes long, while it does
         self.unloaded = False  # on request: the watch leaves it alone
         self.given = False  # its files came with the load
         self.config = _Config()
@@ -118,6 +126,9 @@ class ModelRepository:
         self._rows: dict[bool, list[dict[str, str]]] = {}
         self._names: list[str] | None = None
         self._closed = False
+        self._trials: ThreadPoolExecutor | None = None
+        self._ended = threading.Event()  # for trials that are under way
+        self._tasks: set[asyncio.Task[None]] = set()  # changes that take long
 
     # what there is
 
@@ -143,8 +154,12 @@ class ModelRepository:
             if entry.model is not None:
                 state = model.state if model.state == "UNLOADING" else "READY"
             else:
-                state = model.state or "UNAVAILABLE"
-            reason = entry.reason or ("" if state != "UNAVAILABLE" else "unloaded" if model.unloaded else "not loaded")
+                state = "UNAVAILABLE" if model.slow else model.state or "UNAVAILABLE"
+            reason = (
+                entry.reason
+                or model.slow
+                or ("" if state != "UNAVAILABLE" else "unloaded" if model.unloaded else "not loaded")
+            )
             rows.append({"name": model.name, "version": version, "state": state, "reason": reason})
         model.rows = rows
         return rows
@@ -215,6 +230,7 @@ class ModelRepository:
             for change in pipelines.changes(found):
                 self.table.version += 1
                 pipelines.swap(pipelines.prepare(change), self.table.version)
+                self._warn_of(pipelines)
         except ModelError as error:
             self._warn(str(error))
 
@@ -292,7 +308,8 @@ class ModelRepository:
         seen = {one.name for one in changed}
         for model in list(self._models.values()):
             failed = any(entry.failed is not None for entry in model.versions.values())
-            if failed and now >= model.retry_at and model.name not in seen and not model.unloaded and not model.given:
+            busy = model.name in seen or model.unloaded or model.given or model.lock.locked()
+            if failed and now >= model.retry_at and not busy:
                 try:
                     changed.append(await self._run(lambda: self.loader.look(self.root, model.name)))  # noqa: B023
                 except ModelError as error:
@@ -300,15 +317,34 @@ class ModelRepository:
         for one in changed:
             if self._closed:
                 return
+            task = asyncio.create_task(self._look_at(one))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
             try:
-                await self._changed(one)
-            except Exception as error:  # a defect with one model does not end the watch of all
-                if not self._closed:
-                    self._warn(f"model {one.name}: {type(error).__name__}: {error}")
+                while not task.done():
+                    known = self._models.get(one.name)
+                    if known is not None and known.slow:
+                        break  # the next need not wait for it
+                    await asyncio.wait({task}, timeout=0.1)
+            except asyncio.CancelledError:
+                task.cancel()
+                raise
+
+    async def _look_at(self, one: FoundModel) -> None:
+        try:
+            await self._changed(one)
+        except Exception as error:  # a defect with one model does not end the watch of all
+            if not self._closed:
+                self._warn(f"model {one.name}: {type(error).__name__}: {error}")
 
     async def close(self) -> None:
         """End the child and the thread. What serves goes on serving."""
         self._closed = True
+        self._ended.set()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._trials is not None:
+            self._trials.shutdown(wait=False, cancel_futures=True)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self.loader.stop)
         await loop.run_in_executor(None, self.worker.close)
@@ -336,6 +372,10 @@ class ModelRepository:
     def _warn(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings = [*self.warnings[-99:], text]
+
+    def _warn_of(self, pipelines: PipelineModels) -> None:
+        while pipelines.warnings:
+            self._warn(pipelines.warnings.pop(0))
 
     def _note(self, model: _Model, found: FoundModel) -> None:
         """Versions of a model that is not to be loaded."""
@@ -377,8 +417,8 @@ class ModelRepository:
         try:
             for one in wanted:
                 try:
-                    made[one.version] = await self._run(
-                        lambda: self._make(model, one, None if content is None else content[one.version])  # noqa: B023
+                    made[one.version] = await self._bring_one(
+                        model, one, None if content is None else content[one.version]
                     )
                 except ModelError as error:
                     problems[one.version] = one, str(error)
@@ -402,15 +442,44 @@ class ModelRepository:
             wanted.append(one)
         return wanted
 
+    async def _bring_one(self, model: _Model, one: FoundVersion, content: bytes | None) -> tuple[Any, Compiled]:
+        """A ServedModel. While an ONNX file is on trial, the worker is free for other models."""
+        compiled, memory = await self._run(lambda: self._compile(model, one, content, self.loader, untried=True))
+        trial = compiled.trial
+        if trial is not None:
+            if self._trials is None:
+                self._trials = ThreadPoolExecutor(TRIALS, thread_name_prefix="penstock-trial")
+            loop = asyncio.get_running_loop()
+            running = loop.run_in_executor(self._trials, lambda: try_file(trial, memory, stop=self._ended))
+            try:
+                if not (await asyncio.wait({running}, timeout=SOON))[0]:
+                    model.slow = "its trial, a run on single rows in a process of its own, takes long"
+                    self._touch(model)
+                await running
+            finally:
+                model.slow = ""
+                self._touch(model)
+        return await self._run(lambda: self._open(model, one, compiled, memory)), compiled
+
     def _make(
         self, model: _Model, one: FoundVersion, content: bytes | None, loader: Loader | None = None
     ) -> tuple[Any, Compiled]:
-        """A ServedModel; in the worker's thread, or at the start in one of several."""
-        ref = f"{model.name}@{one.version}"
+        """A ServedModel, at the start, in one of several threads."""
+        patience = START_PATIENCE if self.control == "poll" else None
+        compiled, memory = self._compile(model, one, content, loader or self.loader, patience=patience)
+        return self._open(model, one, compiled, memory), compiled
+
+    def _compile(
+        self, model: _Model, one: FoundVersion, content: bytes | None, loader: Loader, **how: Any
+    ) -> tuple[Compiled, Any]:
         if one.problem:
             raise ModelError(one.problem)
-        compiled, memory = (loader or self.loader).compile(one.path, ref, content=content, whole=True)
+        made = loader.compile(one.path, f"{model.name}@{one.version}", content=content, whole=True, **how)
         _give_way()
+        return made
+
+    def _open(self, model: _Model, one: FoundVersion, compiled: Compiled, memory: Any) -> Any:
+        ref = f"{model.name}@{one.version}"
         try:
             _check_config(model.config, compiled, ref)
             served = (self._serve or _served)(model.name, one.version, compiled, memory)
@@ -420,7 +489,7 @@ class ModelRepository:
             text = str(error)
             raise ModelError(text if text.startswith("model ") else f"model {ref}: {text}") from None
         _give_way()
-        return served, compiled
+        return served
 
     def _swap(
         self,
@@ -439,6 +508,8 @@ class ModelRepository:
             entry = model.versions.setdefault(version, _Version())
             if version in made:
                 served, compiled = made[version]
+                if compiled.warning:
+                    self._warn(f"model {model.name}@{version}: {compiled.path}: {compiled.warning}")
                 entry.model, entry.sha256, entry.failed, entry.reason = served, compiled.sha256, None, ""
             elif version in problems:
                 entry.failed, entry.reason = problems[version]
@@ -476,6 +547,7 @@ class ModelRepository:
                 began = time.perf_counter_ns()
                 self.table.version += 1
                 old, nbytes = pipelines.swap(prepared, self.table.version)
+                self._warn_of(pipelines)
                 self.longest_hold_ns = max(self.longest_hold_ns, time.perf_counter_ns() - began)
                 self.worker.retire(old, nbytes)
                 del old, prepared
@@ -528,14 +600,18 @@ def _served(name: str, version: str, compiled: Compiled, memory: Any) -> Any:
         _give_way()
         return ServedModel(name, version, runtime, path=compiled.path)
     if memory is not None:
-        with memory:
-            given = f"/proc/self/fd/{memory.fileno()}"
-            return nicely(lambda: ServedModel(name, version, None, path=given))
+        folder = compiled.folder
+        return nicely(lambda: ServedModel(name, version, None, data=memory, folder=folder))
+    _check_unchanged(compiled, f"{name}@{version}")  # what was tried is what is opened
     served = nicely(lambda: ServedModel(name, version, None, path=compiled.path))
+    _check_unchanged(compiled, f"{name}@{version}")
+    return served
+
+
+def _check_unchanged(compiled: Compiled, ref: str) -> None:
     status = os.stat(compiled.path)
     if (status.st_mtime_ns, status.st_ino, status.st_size) != (compiled.mtime_ns, compiled.inode, compiled.size):
-        raise ModelError(f"model {name}@{version}: {compiled.path} was written while it was read; load it again")
-    return served
+        raise ModelError(f"model {ref}: {compiled.path} was written while it was read; load it again")
 
 
 def _there_is(found: list[FoundModel]) -> str:

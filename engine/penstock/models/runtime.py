@@ -153,13 +153,36 @@ def load(
     """Load a model file in the runtime that fits it, ready to score.
 
     inputs: the features it takes (see bind_inputs). output: name of an ONNX output; left out, the probabilities or the
-    only scores. name: what errors call the model; left out, from the path. Raises ModelError.
+    only scores. name: what errors call the model; left out, from the path. Raises ModelError, whatever the file holds.
     """
-    path = Path(path)
-    if name is None:
-        # DIR/<name>/<version>/model.onnx
-        in_folder = path.stem == "model" and len(path.parts) > 2
-        name = f"{path.parts[-3]}@{path.parts[-2]}" if in_folder else path.name
+    try:
+        path = Path(path)
+        if name is None:
+            # DIR/<name>/<version>/model.onnx
+            in_folder = path.stem == "model" and len(path.parts) > 2
+            name = f"{path.parts[-3]}@{path.parts[-2]}" if in_folder else path.name
+        return _load(path, inputs, output, name)
+    except ModelError as error:
+        text = str(error)
+        if str(path) in text or "pip install" in text:
+            raise
+        raise ModelError(f"{text} ({path})") from None
+    except Exception as error:
+        text = str(error)
+        if isinstance(error, OSError):
+            text = f"cannot read it: {error.strerror or error}"
+        elif isinstance(error, MemoryError):
+            text = "memory is short: it asks for more than there is"
+        elif isinstance(error, RecursionError):
+            text = "it is nested deeper than any model"
+        elif not isinstance(error, ValueError):
+            text = f"{type(error).__name__}: {text}"
+        raise ModelError(f"model {name or path}: {path}: {text}") from None
+
+
+def _load(path: Path, inputs: Sequence[str] | None, output: str | None, name: str) -> Runtime:
+    if isinstance(inputs, str) or not all(isinstance(feature, str) for feature in inputs or ()):
+        raise ModelError(f"model {name}: inputs: expected a list of names, got {inputs!r}")
     runtimes = RUNTIMES.get(path.suffix)
     if runtimes is None:
         raise ModelError(f"model {name}: {path} is no model file; expected one of {', '.join(RUNTIMES)}")

@@ -8,12 +8,24 @@ a threshold or weight here is the number the library compares or adds.
 from __future__ import annotations
 
 import math
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
-__all__ = ["Aggregate", "NotATreeModel", "Transform", "TreeEnsemble", "TreeError", "TreePorts", "below"]
+__all__ = [
+    "MOST_INPUTS",
+    "Aggregate",
+    "NotATreeModel",
+    "Transform",
+    "TreeEnsemble",
+    "TreeError",
+    "TreePorts",
+    "below",
+    "room_of",
+]
 
 
 class TreeError(ValueError):
@@ -46,7 +58,8 @@ class Transform:
     """Numbers of enum ps_trees_transform."""
 
     IDENTITY, SIGMOID, SOFTMAX, EXP, LOG1P_EXP, SIGNED_SQUARE = range(6)
-    SIGMOID_F32, SOFTMAX_F32, EXP_F32, ARGMAX, HINGE, ONNX_REGRESSOR, ONNX_CLASSIFIER = range(6, 13)
+    SIGMOID_F32, SOFTMAX_F32, EXP_F32, ARGMAX, HINGE, SORTED, ADDED_UP_F32 = range(6, 13)
+    ONNX_REGRESSOR, ONNX_CLASSIFIER = range(13, 15)
 
 
 def below(x: float, single: bool) -> float:
@@ -54,6 +67,9 @@ def below(x: float, single: bool) -> float:
     if single:
         return float(np.nextafter(np.float32(x), np.float32(-np.inf)))
     return math.nextafter(x, -math.inf)
+
+
+MOST_INPUTS = 1 << 20  # a row is kept twice, as doubles
 
 
 @dataclass(slots=True)
@@ -68,6 +84,10 @@ class TreeEnsemble:
     n_raw: int
     n_outputs: int
     feature_names: list[str] | None = None
+    room: int = field(
+        default=1 << 62, compare=False
+    )  # how many more steps and weights there may be: what a file of its size can say
+    warning: str = ""  # what whoever loads it should know
     roots: list[int] = field(default_factory=list)
     feature: list[int] = field(default_factory=list)
     threshold: list[float] = field(default_factory=list)
@@ -75,7 +95,7 @@ class TreeEnsemble:
     no: list[int] = field(default_factory=list)
     nan_yes: list[bool] = field(default_factory=list)
     steps_begin: list[int] = field(default_factory=lambda: [0])
-    steps: list[float] = field(default_factory=list)
+    steps: array[float] = field(default_factory=lambda: array("d"))
     steps_first: list[bool] = field(default_factory=list)
     weight_begin: list[int] = field(default_factory=lambda: [0])
     weight_target: list[int] = field(default_factory=list)
@@ -100,7 +120,7 @@ class TreeEnsemble:
         yes: int,
         no: int,
         nan_yes: bool,
-        steps: list[float] | None = None,
+        steps: Sequence[float] | None = None,
         steps_first: bool = False,
     ) -> int:
         """A node that says yes to x <= threshold; or, given steps, whether steps_first flipped once per step < x."""
@@ -130,3 +150,18 @@ class TreeEnsemble:
             self.weight.append(weight)
         self.weight_begin.append(len(self.weight))
         return 1 - len(self.weight_begin)
+
+    def expect(self, count: int, where: str) -> None:
+        """Makes sure that so many steps or weights more are what a file of its size can say. Numbers that stand in it
+        once may be named by many nodes: a few bytes are not to become gigabytes. Raises TreeError."""
+        self.room -= count
+        if self.room < 0:
+            raise TreeError(
+                f"{where}: its categories, or its leaf's values, are those of many nodes; together they are more than "
+                "a file of this size holds: write them once for every node"
+            )
+
+
+def room_of(size: int) -> int:
+    """TreeEnsemble.room of a file: no format says more than three numbers in a byte (bits of sets of categories)."""
+    return 4 * size + 1000

@@ -6,6 +6,7 @@ Whatever bytes the file holds, loading ends with a model, a ValueError that says
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -89,9 +90,12 @@ def load_trees(
     """A scorer for a model file. Inputs are float64, NaN is missing; scores equal the training library's.
 
     layout and simd force a variant of the kernel; every one gives the same bits. Raises ValueError naming the file and
-    the place where it is damaged or not supported, OSError, and NotATreeModel for an ONNX graph that is something else.
+    the place where it is damaged or not supported, OSError, and NotATreeModel for an ONNX graph that is something else;
+    warns of a file by a newer version of its library than those whose scores were compared.
     """
     ensemble = read_ensemble(path)
+    if ensemble.warning:
+        warnings.warn(f"{path}: {ensemble.warning}", stacklevel=2)
     try:
         return TreeModel(ensemble, layout, simd)
     except (ValueError, OverflowError) as error:

@@ -50,8 +50,9 @@ class FeatureTable(msgspec.Struct, frozen=True, eq=False):
     """A table of feature values over time, as it lies somewhere already.
 
     table: an Arrow table, a pandas or polars DataFrame, a dict of columns, a pyarrow dataset, a path or URI of Parquet.
-    key: the column with the entity's key, strings or integers; `{"column": "spine column"}` where the spine has another
-    name for it. `1` and `"1"` are different keys. Rows without a key are skipped.
+    key: the column with the entity's key, strings or integers, or a list of columns that are the key together;
+    `{"column": "spine column", ...}` where the spine has other names for them. `1` and `"1"` are different keys. Null
+    in any part matches nothing: such rows are skipped.
     time: the column with the time from which on the values hold, the event time. Naive time is UTC (S1).
     features: the columns to join; left out, all others. NaN is null (S11); types stay, but views become large strings.
     ingest_time: the column that says when a row became known, if the table records it (S5, S6).
@@ -62,7 +63,7 @@ class FeatureTable(msgspec.Struct, frozen=True, eq=False):
     """
 
     table: Any
-    key: str | Mapping[str, str]
+    key: str | Sequence[str] | Mapping[str, str]
     time: str
     features: Sequence[str] | None = None
     ingest_time: str | None = None
@@ -72,9 +73,14 @@ class FeatureTable(msgspec.Struct, frozen=True, eq=False):
 
     def __post_init__(self) -> None:
         place = f"FeatureTable {self.name!r}" if self.name else "FeatureTable"
-        pairs = [self.key] if isinstance(self.key, str) else [*self.key, *self.key.values()] if self.key else []
-        if len(pairs) not in (1, 2) or not all(isinstance(name, str) and name for name in pairs):
-            raise DefinitionError(f'{place}.key: expected a column or {{"column": "spine column"}}, got {self.key!r}')
+        pairs = self.pairs()
+        names = [column for column, _ in pairs]
+        if not pairs or not all(isinstance(name, str) and name for pair in pairs for name in pair):
+            raise DefinitionError(
+                f'{place}.key: expected a column, a list of columns or {{"column": "spine column"}}, got {self.key!r}'
+            )
+        if len(set(names)) < len(names):
+            raise DefinitionError(f"{place}.key: the same column twice: {self.key!r}")
         if isinstance(self.features, str) or (self.features is not None and len(self.features) == 0):
             raise DefinitionError(f"{place}.features: expected a list of columns, got {self.features!r}")
         if self.ttl is not None:
@@ -82,12 +88,20 @@ class FeatureTable(msgspec.Struct, frozen=True, eq=False):
                 duration_us(self.ttl)
             except ValueError as error:
                 raise DefinitionError(f"{place}.ttl: {error}") from None
-        used = {"key": pairs[0], "time": self.time, "ingest_time": self.ingest_time}
-        for role, name in used.items():
+        used = [*(("key", name) for name in names), ("time", self.time), ("ingest_time", self.ingest_time)]
+        for role, name in used:
             if name is not None and name in (self.features or ()):
                 raise DefinitionError(f"{place}.features: {name!r} is the {role} column")
-        if self.time in (pairs[0], self.ingest_time):
+        if self.time in (*names, self.ingest_time):
             raise DefinitionError(f"{place}.time: {self.time!r} is named for something else too")
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """The parts of the key: the table's column, and the spine's."""
+        if isinstance(self.key, str):
+            return [(self.key, self.key)]
+        if isinstance(self.key, Mapping):
+            return list(self.key.items())
+        return [(name, name) for name in self.key] if isinstance(self.key, Sequence) else []
 
 
 def asof_join(
@@ -110,7 +124,9 @@ def asof_join(
     Returns a pyarrow.Table: one row per spine row, in its order, its columns untouched. Sorted tables are read in one
     pass; others take an index of 12 bytes per row. Raises EventError with the column, and the row where it is one.
     """
-    data = _load(spine, "spine", None, max_threads)
+    several = [tables] if isinstance(tables, FeatureTable) else [t for t in tables if isinstance(t, FeatureTable)]
+    wanted = [time, *(name for table in several for _, name in table.pairs())]
+    data = _load(spine, "spine", None, max_threads, wanted)
     with _Workers(max_threads) as run:
         join = _Join(data.schema, tables, time, backfill, statuses, run, max_threads)
         join.prepare(data)
@@ -234,15 +250,18 @@ def _batches(source: Any, rows: int, max_threads: int) -> Iterator[Any]:
         yield pa.Table.from_batches(held, source.schema)
 
 
-def _load(data: Any, label: str, names: Callable[[Any], list[str]] | None, max_threads: int) -> Any:
-    """The data as a pyarrow.Table; of a dataset only the columns that `names` picks from its schema."""
+def _load(
+    data: Any, label: str, names: Callable[[Any], list[str]] | None, max_threads: int, wanted: Sequence[str]
+) -> Any:
+    """The data as a pyarrow.Table; of a dataset only the columns that `names` picks from its schema. wanted: what may
+    also stand in the index of a pandas DataFrame."""
     pa = pyarrow()
     source = _dataset(data, label)
     try:
         if source is not None:
             columns = names(source.schema) if names is not None else None
             return source.to_table(columns=columns, use_threads=max_threads > 1)
-        table = arrow_table(data)
+        table = arrow_table(data, wanted)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
         raise EventError(label, f"cannot be read as a table: {str(error).splitlines()[0]}") from None
     except EventError as error:
@@ -275,11 +294,11 @@ class _Workers:
 
 
 @contextmanager
-def _column_errors(label: str, column: str) -> Iterator[None]:
+def _column_errors(label: str, column: str, first: int = 0) -> Iterator[None]:
     try:
         yield
     except ColumnError as error:
-        row = "" if error.row is None else f"[{error.row}]"
+        row = "" if error.row is None else f"[{first + error.row}]"
         raise EventError(f"{label}{row}.{column}", str(error)) from None
 
 
@@ -325,7 +344,10 @@ def _times(array: Any, label: str, column: str, first: int) -> Any:
     """Times as an int64 array of microseconds without nulls."""
     if array.null_count:
         raise EventError(f"{label}[{first + first_null(array)}].{column}", "the time is missing (null)")
-    return cast_column(array, "timestamp", f"{label}.{column}", None)
+    try:
+        return cast_column(array, "timestamp", column, None, first)
+    except EventError as error:
+        raise EventError(label + error.path, error.message) from None
 
 
 def _int64(array: Any) -> Times:
@@ -343,6 +365,50 @@ def _check_range(times: Times, label: str, column: str, first: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ the join
 
 
+class _Keys:
+    """Ids of the keys that some tables share with the spine.
+
+    A key of several columns is folded from the left: the ids of its first two parts, side by side in 64 bits, are an
+    integer key of their own, whose id goes with the third. Null in any part, or a part that nobody has, is null.
+    """
+
+    def __init__(self, parts: int) -> None:
+        self.parts = [KeyIndex() for _ in range(parts)]
+        self.pairs = [KeyIndex() for _ in range(parts - 1)]
+        self.index = self.pairs[-1] if self.pairs else self.parts[0]
+
+    def column(
+        self, columns: Sequence[list[Any]], label: str, names: Sequence[str], first: int, add: bool
+    ) -> list[Any]:
+        """Chunks that `index` reads, of the chunks of every part. label, names, first: as errors name them."""
+        if not self.pairs:
+            return columns[0]
+        pa = pyarrow()
+        rows = sum(map(len, columns[0]))
+        found: Rows | None = None
+        for i, (part, chunks, name) in enumerate(zip(self.parts, columns, names)):
+            ids = np.empty(rows, dtype=np.uint32)
+            with _column_errors(label, name, first):
+                part.encode(chunks, ids, add)
+            if found is None:
+                found = ids
+                continue
+            both = (found.astype(np.uint64) << np.uint64(32) | ids).view(np.int64)
+            pair = pa.array(both, mask=(found == NOT_FOUND) | (ids == NOT_FOUND))
+            if i == len(self.pairs):
+                return [pair]
+            self.pairs[i - 1].encode([pair], found, add)
+        raise AssertionError("a key has parts")
+
+    def encode(
+        self, columns: Sequence[list[Any]], ids: Rows | None, label: str, names: Sequence[str], first: int, add: bool
+    ) -> None:
+        """The id of every row into `ids`, where given."""
+        chunks = self.column(columns, label, names, first, add)
+        with _column_errors(label, names[0], first):
+            self.index.encode(chunks, ids, add)
+
+
 class _Source:
     """One feature table: its columns loaded and named, its rows ready to be found once the keys are known."""
 
@@ -350,26 +416,28 @@ class _Source:
         self.label = table.name or f"tables[{position}]"
         self.table = table
         self.ttl = None if table.ttl is None else duration_us(table.ttl)
-        if isinstance(table.key, str):
-            self.key = self.spine_key = table.key
-        else:
-            ((self.key, self.spine_key),) = table.key.items()
-        spine_kind = _key_kind(
-            _need(spine, "spine", self.spine_key, f"the key of {self.label}"), "spine", self.spine_key
-        )
+        pairs = table.pairs()
+        self.key = [column for column, _ in pairs]
+        self.spine_key = tuple(column for _, column in pairs)
+        spine_kinds = [
+            _key_kind(_need(spine, "spine", column, f"the key of {self.label}"), "spine", column)
+            for column in self.spine_key
+        ]
         self.features: list[str] = []
-        self.data = _load(table.table, self.label, self._columns, max_threads)
-        kind = _key_kind(self.data.schema.field(self.key).type, self.label, self.key)
-        if kind and spine_kind and kind != spine_kind:
-            raise EventError(
-                f"{self.label}.{self.key}",
-                f'{kind} keys, but spine.{self.spine_key} has {spine_kind} keys, and 1 and "1" are different keys: '
-                "cast one of the two columns",
-            )
-        self.matches = kind is not None and spine_kind is not None
+        wanted = [*self.key, table.time, *(table.features or ()), *([table.ingest_time] if table.ingest_time else ())]
+        self.data = _load(table.table, self.label, self._columns, max_threads, wanted)
+        kinds = [_key_kind(self.data.schema.field(column).type, self.label, column) for column in self.key]
+        for column, spine_column, kind, spine_kind in zip(self.key, self.spine_key, kinds, spine_kinds):
+            if kind and spine_kind and kind != spine_kind:
+                raise EventError(
+                    f"{self.label}.{column}",
+                    f'{kind} keys, but spine.{spine_column} has {spine_kind} keys, and 1 and "1" are different keys: '
+                    "cast one of the two columns",
+                )
+        self.matches = None not in kinds and None not in spine_kinds
         self.outputs = [f"{table.name}.{f}" if table.name else f for f in self.features]
         self.columns = [self._column(feature) for feature in self.features]
-        self.segments: list[tuple[Any, Any, Any | None]] = []
+        self.segments: list[tuple[list[list[Any]], Any, Any | None]] = []
         first = 0
         for batch in self.data.to_batches():
             event = _times(batch.column(table.time), self.label, table.time, first)
@@ -377,16 +445,17 @@ class _Source:
             if table.ingest_time is not None:
                 ingest = _times(batch.column(table.ingest_time), self.label, table.ingest_time, first)
                 _check_range(_int64(ingest), self.label, table.ingest_time, first)
-            self.segments.append((_key_chunk(batch.column(self.key)), event, ingest))
+            self.segments.append(([[_key_chunk(batch.column(column))] for column in self.key], event, ingest))
             first += batch.num_rows
         self.rows: FeatureRows | None = None
 
     def _columns(self, schema: Any) -> list[str]:
         """Checks what the table names, settles the features, and gives all columns that are read."""
         table = self.table
-        _need(schema, self.label, self.key, "the key")
+        for column in self.key:
+            _need(schema, self.label, column, "the key")
         _need(schema, self.label, table.time, "the event time")
-        used = [self.key, table.time]
+        used = [*self.key, table.time]
         if table.ingest_time is not None:
             _need(schema, self.label, table.ingest_time, "the ingest time")
             used.append(table.ingest_time)
@@ -402,13 +471,24 @@ class _Source:
         default = (self.table.defaults or {}).get(feature)
         return _Column(self.data.column(feature), self.label, feature, default)
 
-    def add_keys(self, keys: KeyIndex) -> None:
-        with _column_errors(self.label, self.key):
-            keys.encode([segment[0] for segment in self.segments], None, True)
+    def _encoded(self, keys: _Keys, add: bool) -> Iterator[Any]:
+        """The key column of each segment as the index of `keys` reads it."""
+        first = 0
+        for columns, event, _ in self.segments:
+            yield keys.column(columns, self.label, self.key, first, add)[0]
+            first += len(event)
 
-    def prepare(self, keys: KeyIndex, backfill: bool) -> None:
-        with _column_errors(self.label, self.key):
-            self.rows = FeatureRows(keys, self.segments if self.matches else [], not backfill)
+    def add_keys(self, keys: _Keys) -> None:
+        for chunk in self._encoded(keys, True):
+            with _column_errors(self.label, self.key[0]):
+                keys.index.encode([chunk], None, True)
+
+    def prepare(self, keys: _Keys, backfill: bool) -> None:
+        segments = []
+        if self.matches:
+            segments = [(key, *rest) for key, (_, *rest) in zip(self._encoded(keys, False), self.segments)]
+        with _column_errors(self.label, self.key[0]):
+            self.rows = FeatureRows(keys.index, segments, not backfill)
         # The ends of times that never fall say where all of them lie.
         ends = self.rows.ordered and self.table.ingest_time is None
         first = 0
@@ -420,7 +500,7 @@ class _Source:
 
     def find(self, ids: Rows, times: Times, found: Rows, order: SpineOrder | None, start: int, stop: int) -> None:
         assert self.rows is not None
-        with _column_errors(self.label, self.key):
+        with _column_errors(self.label, self.key[0]):
             self.rows.find(ids, times, found, order if self.rows.ordered else None, start, stop)
 
     def apply_ttl(self, times: Times, found: Rows) -> None:
@@ -452,7 +532,7 @@ class _Join:
         self.statuses = statuses
         self.run = run
         self.sources = [_Source(table, i, schema, time, max_threads) for i, table in enumerate(tables)]
-        self.keys: dict[str, KeyIndex] = {}
+        self.keys: dict[tuple[str, ...], _Keys] = {}
         taken = {name: f"spine.{name}" for name in schema.names}
         for source in self.sources:
             for feature, output in zip(source.features, source.outputs):
@@ -467,36 +547,32 @@ class _Join:
 
     def prepare(self, spine: Any | None) -> None:
         """Takes the keys from the side with fewer rows, the spine or the tables; from the tables without a spine."""
-        for column in dict.fromkeys(source.spine_key for source in self.sources):
-            of_key = [source for source in self.sources if source.spine_key == column and source.matches]
-            keys = self.keys[column] = KeyIndex()
+        for names in dict.fromkeys(source.spine_key for source in self.sources):
+            of_key = [source for source in self.sources if source.spine_key == names and source.matches]
+            keys = self.keys[names] = _Keys(len(names))
             if spine is not None and spine.num_rows <= sum(source.data.num_rows for source in of_key):
                 if of_key:
-                    self._ids(spine, column, 0, None, True)
+                    self._ids(spine, names, 0, None, True)
             else:
                 for source in of_key:
                     source.add_keys(keys)
         self.run([partial(s.prepare, self.keys[s.spine_key], self.backfill) for s in self.sources])
 
-    def _ids(self, spine: Any, column: str, first: int, ids: Rows | None, add: bool) -> None:
-        chunks = [_key_chunk(chunk) for chunk in spine.column(column).chunks]
-        try:
-            self.keys[column].encode(chunks, ids, add)
-        except ColumnError as error:
-            row = "" if error.row is None else f"[{first + error.row}]"
-            raise EventError(f"spine{row}.{column}", str(error)) from None
+    def _ids(self, spine: Any, names: tuple[str, ...], first: int, ids: Rows | None, add: bool) -> None:
+        columns = [[_key_chunk(chunk) for chunk in spine.column(name).chunks] for name in names]
+        self.keys[names].encode(columns, ids, "spine", names, first, add)
 
     def join(self, spine: Any, first: int, progress: Progress | None) -> Any:
         """The spine with all features. first: the number of its first row, for errors."""
         times = _int64(_times(one_array(spine.column(self.time)), "spine", self.time, first))
         _check_range(times, "spine", self.time, first)
-        ids: dict[str, Rows] = {}
-        for column in self.keys:
-            ids[column] = np.empty(len(times), dtype=np.uint32)
-            if any(source.spine_key == column and source.matches for source in self.sources):
-                self._ids(spine, column, first, ids[column], False)
+        ids: dict[tuple[str, ...], Rows] = {}
+        for names in self.keys:
+            ids[names] = np.empty(len(times), dtype=np.uint32)
+            if any(source.spine_key == names and source.matches for source in self.sources):
+                self._ids(spine, names, first, ids[names], False)
             else:
-                ids[column].fill(NOT_FOUND)
+                ids[names].fill(NOT_FOUND)
         order = None
         if not ordered(times) and any(source.rows is not None and source.rows.ordered for source in self.sources):
             order = SpineOrder(times)
@@ -511,9 +587,9 @@ class _Join:
         self.run([partial(s.apply_ttl, times, f) for s, f in zip(self.sources, found)])
         columns = [(column, f) for s, f in zip(self.sources, found) for column in s.columns]
         gathered = self.run([partial(column.gather, f, self.statuses) for column, f in columns])
-        names = [output for source in self.sources for output in source.outputs]
+        outputs = [output for source in self.sources for output in source.outputs]
         out = spine
-        for name, (values, statuses) in zip(names, gathered):
+        for name, (values, statuses) in zip(outputs, gathered):
             out = out.append_column(name, values)
             if statuses is not None:
                 out = out.append_column(f"{name}__status", statuses)

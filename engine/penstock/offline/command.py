@@ -121,7 +121,11 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("--features", metavar="NAME,NAME", help="views or features; default: the only pipeline's")
     parser.add_argument("--pipeline", metavar="NAME", help="all features of this pipeline")
     parser.add_argument("--time", metavar="COLUMN", help="the spine's time, where it cannot be told")
+    parser.add_argument("--sequence", metavar="COLUMN", help="the event of the log before which a row is read")
     parser.add_argument("--backfill", action="store_true", help="also what was ingested after a row's time")
+    parser.add_argument(
+        "--own", choices=("auto", "never"), default="auto", help="whether rows are looked for in the log"
+    )
     parser.add_argument("--statuses", action="store_true", help="a status column beside each feature")
     parser.add_argument("--workers", metavar="N", type=int, help="default: one per core")
     parser.add_argument("--memory", metavar="SIZE", default="1GiB", help="for state, over all workers (1GiB)")
@@ -152,8 +156,9 @@ def _train(arguments: list[str]) -> int:
 
 
 def _train_into(given: Any, spine: Any) -> None:
-    from .training import training_set
+    from .training import TrainingSummary, training_set
 
+    told: list[TrainingSummary] = []
     with Progress(f"computing features as of {spine.num_rows:,} rows into {given.out}") as progress:
         training_set(
             given.app,
@@ -162,6 +167,7 @@ def _train_into(given: Any, spine: Any) -> None:
             features=given.features.split(",") if given.features else None,
             pipeline=given.pipeline,
             time=given.time,
+            sequence=given.sequence,
             backfill=given.backfill,
             statuses=given.statuses,
             workers=given.workers,
@@ -169,7 +175,12 @@ def _train_into(given: Any, spine: Any) -> None:
             out=given.out,
             progress=progress,
             on=given.on,
+            own=given.own,
+            summary=told.append,
         )
+    print(told[0])
+    for sentence in told[0].warnings:
+        print(f"warning: {sentence}", file=sys.stderr)
 
 
 def _log(arguments: list[str]) -> int:

@@ -101,9 +101,10 @@ def one_round(path: Path) -> Iterator[None]:
         yield
 
 
-def take_snapshot(path: str | Path, progress: Any = None) -> Path | None:
+def take_snapshot(path: str | Path, progress: Any = None, start_partial: bool = False) -> Path | None:
     """Write a snapshot of a log folder's state as of now, from the newest snapshot and the log's tail; the folder may
-    be in use. Returns the snapshot's folder, or None where nothing is new or there is no state."""
+    be in use. Returns the snapshot's folder, or None where nothing is new or there is no state. start_partial: as the
+    engine was started (LogOptions)."""
     from ..engine import Engine
     from ..features.layouts import plan_from_layouts
     from ..features.snapshot import SnapshotPosition, prune, write_snapshot
@@ -118,7 +119,7 @@ def take_snapshot(path: str | Path, progress: Any = None) -> Path | None:
     except PenstockError as error:
         raise LogError(f"{folder.path / 'layouts.json'}: {error}") from None
     engine = Engine(plan, clock="event")
-    found = recover_state(engine, folder, progress=progress)
+    found = recover_state(engine, folder, progress=progress, start_partial=start_partial)
     history = found.history
     if history.last_sequence <= found.at and not found.rebuilt:
         return None
@@ -154,7 +155,7 @@ def round_of(path: str | Path, options: LogOptions) -> None:
     keep = parse_retention(options.retention)
     with one_round(Path(path)):
         steps: list[tuple[str, Callable[[], object]]] = [
-            ("no snapshot", lambda: take_snapshot(path)),
+            ("no snapshot", lambda: take_snapshot(path, start_partial=options.start_partial or options.start_cold)),
             ("not compacted", lambda: compact(path, options.parquet)),
         ]
         if keep is not None:

@@ -25,7 +25,7 @@ from ..timestamp import Timestamp
 from .history import History
 from .log_folder import LogFolder
 from .recovery import fed, mappings_of
-from .schemas import ScoreSchema
+from .schemas import SEMANTICS, ScoreSchema
 
 __all__ = ["FeatureParity", "Mismatch", "ParityReport", "PipelineParity", "TimeParity", "parity"]
 
@@ -62,7 +62,7 @@ class FeatureParity(msgspec.Struct, kw_only=True):
 
 class TimeParity(msgspec.Struct, frozen=True, kw_only=True):
     """Scores against a training set that was asked for with T alone. in_flight: rows that differ, and between whose
-    T and scoring other events came in, which T alone leaves out (S5): never a mismatch."""
+    T and scoring events came in, which T alone leaves out, or that had come in by T themselves (S5): no mismatch."""
 
     compared: int
     equal: int
@@ -82,6 +82,7 @@ class PipelineParity(msgspec.Struct, kw_only=True):
     not_found: int = 0
     by_time: TimeParity | None = None
     sampled: int | None = None  # scores that were compared, where not all were
+    older: int = 0  # scores that a Penstock of older rules logged: not compared
 
 
 class ParityReport(msgspec.Struct, kw_only=True):
@@ -134,6 +135,11 @@ class ParityReport(msgspec.Struct, kw_only=True):
                         f"  {feature.name}: decision {m.decision} as of {m.as_of}: served {m.served!r} "
                         f"({m.served_status}), the log gives {m.computed!r} ({m.computed_status})"
                     )
+            if pipeline.older:
+                lines.append(
+                    f"  {pipeline.older:,} scores were logged by an older Penstock, whose windows could be wrong: they "
+                    "are not compared"
+                )
             if pipeline.other_plans:
                 lines.append(
                     f"  {pipeline.other_plans:,} scores were made by another version of the pipeline or its models: "
@@ -274,18 +280,20 @@ def _by_time(engine: Engine, log: str | Path, history: History, pipeline: str) -
     event = engine.plan.events[plan.event]
     served = backfill(engine.plan, log, pipeline=pipeline, spine="scores")
     spine = served.select([field.name for field in event.fields])
-    trained = training_set(engine.plan, log, spine, pipeline=pipeline, time=event.fields[event.time].name)
-    at = np.asarray(spine.column(event.fields[event.time].name).cast("int64"))
+    time = event.fields[event.time].name
+    trained = training_set(engine.plan, log, spine, pipeline=pipeline, time=time, own="never", summary=lambda _: None)
+    at = np.asarray(spine.column(time).cast("int64"))
     times = np.concatenate(
         [
             np.frombuffer(ingest_times(p.data, p.log_id, p.number, p.start, p.end), dtype=np.int64).reshape(-1, 2)
             for p in history.pieces(0, 1 << 62)
         ]
     )
-    # The first event that came in behind T: where it came before the scored one, events were in flight.
+    # The first event that came in behind T: where it is not the scored one, T alone means another K, and events were in
+    # flight, or the scored one itself had come in by its own time.
     behind = np.searchsorted(times[:, 1], at, side="right")
     first = np.append(times[:, 0], 1 << 62)[behind]
-    in_flight = first < np.asarray(served.column("_sequence"))
+    in_flight = first != np.asarray(served.column("_sequence"))
     differs = np.zeros(len(at), dtype=bool)
     unexplained: list[str] = []
     for index in plan.features:
@@ -315,10 +323,13 @@ def _tally(engine: Engine, plan: Any, run: HistoryRun, schemas: dict[int, ScoreS
     features = [plan.slots[i].name for i in plan.features if plan.slots[i].kind != "field"]
     by_name: dict[str, FeatureParity] = {name: FeatureParity(name=name, examples=[]) for name in features}
     decisions = FeatureParity(name="(decision)", examples=[])
-    scores = other = 0
+    scores = other = older = 0
     for mapping, rows, _, counts, decision_counts, examples in run.tallies:
         schema = schemas[id(mapping)]
         scores += rows
+        if schema.semantics < SEMANTICS:
+            older += rows
+            continue
         if schema.fingerprint != plan.fingerprint or (not mapping.same_plan and not engine.features_only):
             other += rows
         if mapping.same_plan:

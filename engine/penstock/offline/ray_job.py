@@ -14,8 +14,9 @@ from ..app import load_plan
 from ..errors import PenstockError
 from ..tables import pyarrow
 from .history import History
+from .own_events import Reads
 from .spine import Asked, Job, Task, history_events, open_history
-from .training import Done, Tally, check_split, kept
+from .training import Tally, check_split, kept
 
 __all__ = ["run_tasks"]
 
@@ -30,7 +31,7 @@ def run_tasks(
     tasks: list[Task],
     budget: int,
     folder: str | None,
-    progress: Done | None,
+    tally: Tally,
 ) -> dict[int, list[Any]]:
     """Every task on the cluster that this process is connected to, or that RAY_ADDRESS names, or else on a local one.
 
@@ -44,13 +45,12 @@ def run_tasks(
     if began:
         ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
     try:
-        spine = ray.put(job.spine)
+        spine, reads = ray.put(job.spine), ray.put(job.reads)
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(run_task)
 
         def start(task: Task) -> Any:
-            return remote.remote(app, path, history.last_sequence, spine, job.asked, task, budget)
+            return remote.remote(app, path, history.last_sequence, spine, job.asked, reads, task, budget)
 
-        tally = Tally(events * len(tasks), progress)
         waiting = {start(task): task for task in tasks}
         results: dict[int, list[Any]] = {u: [] for u in range(len(job.units))}
         while waiting:
@@ -72,9 +72,11 @@ def run_tasks(
             ray.shutdown()
 
 
-def run_task(app: str, log: str, last_sequence: int, spine: Any, asked: Asked, task: Task, budget: int) -> Any:
+def run_task(
+    app: str, log: str, last_sequence: int, spine: Any, asked: Asked, reads: Reads, task: Task, budget: int
+) -> Any:
     """What a worker of the cluster does: one pass over the log. None where the state does not fit into the budget."""
-    job = Job(load_plan(app), spine, asked)
+    job = Job(load_plan(app), spine, asked, reads)
     history = open_history(log, last_sequence)
     return job.run(task, history, budget, lambda _: None)
 

@@ -46,6 +46,7 @@ class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
     loaded: list[str]
     rebuilt: list[str]
     cold: list[str]
+    partial: list[str] = []
     damages: list[Damage]
     skipped_snapshots: list[str]
     clock_behind_us: int
@@ -59,6 +60,11 @@ class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
         found.append(f"log recovered in {self.seconds:.2f} s: {what}, {self.events:,} events replayed{rate}")
         if self.rebuilt:
             found.append(f"rebuilt from {self.history_events:,} events of history: {', '.join(self.rebuilt)}")
+        if self.partial:
+            found.append(
+                f"warning: history that retention dropped is missing in {', '.join(self.partial)}: windows are INVALID "
+                "until they have refilled, Lifetime stays so"
+            )
         if self.cold:
             found.append(f"started empty as asked: {', '.join(self.cold)}")
         found += [f"warning: {damage}" for damage in self.damages]
@@ -170,10 +176,42 @@ class Recovered(msgspec.Struct, kw_only=True):
     loaded: list[str]
     rebuilt: list[str]
     cold: list[str]
+    partial: list[str] = []
+
+
+def _miss_dropped(engine: Engine, history: History, missing: set[int], begins: int, allowed: bool) -> list[str]:
+    """Layouts that need events which retention dropped and no snapshot holds: what they cannot know will be INVALID.
+
+    Returns which they are. Raises LogError, with the numbers, unless that is allowed: it would be counted as if the
+    dropped events had never been.
+    """
+    dropped, newest = history.first_watermarks(), history.watermarks()
+    found = []
+    for plan in engine.plan.stores:
+        mark = dropped.get(plan.event)
+        if plan.fingerprint not in missing or mark is None:
+            continue
+        engine.stores[plan.index].miss_before(mark + 1)
+        reach = max((o.window or 0 for o in plan.outputs), default=0) + plan.lateness
+        if any(o.window is None for o in plan.outputs) or newest.get(plan.event, mark) - reach <= mark:
+            found.append(f"{plan.event} by {plan.entity}")
+    if found and not allowed:
+        raise LogError(
+            f"{history.folder.path}: events 0 to {begins - 1:,} were dropped by retention, and no snapshot that can be "
+            f"read holds the state of {', '.join(found)}, which needs them: it would count events {begins:,} to "
+            f"{history.last_sequence:,} alone. Put back the snapshot, or start with --start-partial "
+            "(start_partial=True: what cannot be known is INVALID, windows until they have refilled, Lifetime for "
+            "ever) or with --start-cold (start_cold=True: empty)"
+        )
+    return found
 
 
 def recover_state(
-    engine: Engine, folder: LogFolder, start_cold: bool = False, progress: Progress | None = None
+    engine: Engine,
+    folder: LogFolder,
+    start_cold: bool = False,
+    progress: Progress | None = None,
+    start_partial: bool = False,
 ) -> Recovered:
     """Load the newest snapshot into an engine's state and replay the log's tail; changes nothing in the folder."""
     plan = engine.plan
@@ -216,6 +254,8 @@ def recover_state(
         rebuilt=[],
         cold=[],
     )
+    if missing and begins and not start_cold:
+        found.partial = _miss_dropped(engine, history, set(missing), begins, start_partial)
     tail = max(at + 1, begins)
     replay.total = history.last_sequence + 1 - tail
     if missing and not start_cold and position is not None:
@@ -261,7 +301,7 @@ def open_log(engine: Engine, folder: LogFolder, options: LogOptions, progress: P
     plan = engine.plan
     sync_us = parse_sync(options.sync)
     folder.remove_spares()
-    found = recover_state(engine, folder, options.start_cold, progress)
+    found = recover_state(engine, folder, options.start_cold, progress, options.start_partial)
     history = found.history
     history.seal()
     put_layouts(folder, plan)
@@ -290,6 +330,7 @@ def open_log(engine: Engine, folder: LogFolder, options: LogOptions, progress: P
         loaded=found.loaded,
         rebuilt=found.rebuilt,
         cold=found.cold,
+        partial=found.partial,
         damages=found.damages,
         skipped_snapshots=found.skipped,
         clock_behind_us=max(0, engine.core.last_ingest_time - time.time_ns() // 1000),

@@ -20,6 +20,7 @@ from ..plan import EventPlan, PipelinePlan, Plan
 from ..timestamp import Timestamp, TimestampUnit
 
 __all__ = [
+    "SEMANTICS",
     "EventSchema",
     "Running",
     "ScoreSchema",
@@ -32,6 +33,12 @@ __all__ = [
     "score_mapping",
     "score_schema",
 ]
+
+
+#: The rules by which the kernel of this version computes what it logs. 1: before status INVALID where state no longer
+#: reaches back, exact variances, and values of wide records that were not overwritten. Scores of older rules are not
+#: compared with those of newer ones.
+SEMANTICS = 2
 
 
 class SchemaField(msgspec.Struct, frozen=True):
@@ -58,7 +65,7 @@ class ScoreSchema(msgspec.Struct, frozen=True, kw_only=True, tag="score"):
     values: (name, type) of each logged slot, the first `n_features` of them features; reads: (view, key field) of each
     version. models: (name, version) of every model that a record's number can mean; running: of them, that of each
     model of the pipeline, in its order, and digests, the sha256 of their files; deployment: how many swaps the
-    deployment table had seen. Logs from before models were swapped have none of the three.
+    deployment table had seen. Logs from before models were swapped have none of the three. semantics: see SEMANTICS.
     """
 
     pipeline: str
@@ -75,6 +82,7 @@ class ScoreSchema(msgspec.Struct, frozen=True, kw_only=True, tag="score"):
     running: list[int] = []
     digests: list[str] = []
     deployment: int = 0
+    semantics: int = 1
 
 
 class Running(msgspec.Struct, frozen=True):
@@ -129,6 +137,7 @@ def score_schema(pipeline: PipelinePlan, words: Any, models: list[tuple[str, str
         running=[models.index((name, version)) for name, version, _ in running.models],
         digests=[digest for _, _, digest in running.models],
         deployment=running.deployment,
+        semantics=SEMANTICS,
     )
 
 
@@ -312,6 +321,8 @@ def score_mapping(
     same = same and same_words
     strings = [int(kind == "string") for _, kind in schema.values]
     since = _since(schema, plan, pipeline, begins) if begins else None
+    if schema.semantics < SEMANTICS:
+        since = [NEVER] * len(schema.values)
     which = [numbers.get((name, version), -1) for name, version in schema.models]
     return ScoreMapping(pipeline.index, place, strings, keys, same, since, which, same_words)
 

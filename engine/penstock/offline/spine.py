@@ -26,6 +26,7 @@ from ..plan import EventPlan, Output, PipelinePlan, Plan, StorePlan, ViewPlan, s
 from ..tables import FIRST_TIME, LAST_TIME, cast_column, column_set, one_array, pyarrow, sound_column
 from .history import History
 from .log_folder import LogFolder, located
+from .own_events import COUNTED, OWN, Reads, search
 from .schemas import EventSchema, event_mapping
 
 __all__ = ["Asked", "Feature", "Job", "Task", "Unit", "history_events", "open_history"]
@@ -36,6 +37,7 @@ FOR_EVER = 1 << 58  # a lateness that no row is older than
 SLICE = 1 << 16  # events between two reports of progress
 MOST_PARTS = 1 << 14
 PRESENT = 1  # a status
+COUNTS = ("count", "count_col", "distinct_count")  # functions that give 0 where there is nothing
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +48,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     time: str | None
     sequence: str | None
     backfill: bool
+    own: str = "auto"
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -64,7 +67,8 @@ class Task(msgspec.Struct, frozen=True):
 
 
 class Group(msgspec.Struct):
-    """One view that is read: its outputs that are asked for, each with its place among the unit's columns, or -1."""
+    """One view that is read: its outputs that are asked for, each with its place among the unit's columns, or -1.
+    request: a row that is none of the log's events counts itself (S8)."""
 
     view: ViewPlan
     request: bool
@@ -82,6 +86,7 @@ class Unit(msgspec.Struct):
     reader: EventReader | None = None
     columns: ColumnSet | None = None
     key_ref: tuple[int, bool, bool, bool] = (0, False, False, False)
+    lacks: str = ""  # what the spine has not, which rows that count themselves need
 
     @property
     def request(self) -> bool:
@@ -99,13 +104,18 @@ class Feature(msgspec.Struct, frozen=True):
 
 
 class Job:
-    """A spine and what is asked of it, checked: everything that a worker needs beside the log."""
+    """A spine and what is asked of it, checked: everything that a worker needs beside the log.
 
-    def __init__(self, plan: Plan, spine: Any, asked: Asked) -> None:
+    reads: what each row may see, as another process has found it; else find() does.
+    """
+
+    reads: Reads
+
+    def __init__(self, plan: Plan, spine: Any, asked: Asked, reads: Reads | None = None) -> None:
         self.plan = plan
         self.spine = spine
         self.asked = asked
-        self.mode = "backfill" if asked.backfill else "sequence" if asked.sequence is not None else "ingest_time"
+        self.mode = "backfill" if asked.backfill else "sequence"
         self.pipeline: PipelinePlan | None = None
         if asked.backfill and asked.sequence is not None:
             raise PenstockError("backfill counts every event; say either backfill=True or sequence=")
@@ -116,7 +126,7 @@ class Job:
         views = self._wanted()
         self.time_name = self._time_name([plan.views[name] for name in views])
         self.times = self._times()
-        self.bounds = self._bounds()
+        self.sequences = self._sequences()
         self.units: list[Unit] = []
         self.features: list[Feature] = []
         for name, wanted in views.items():
@@ -126,6 +136,16 @@ class Job:
         for unit in self.units:
             self._read_spine(unit)
         self.event_columns = self._event_columns()
+        if reads is not None:
+            self.reads = reads
+
+    def find(self, history: History, tell: Callable[[int], None]) -> None:
+        """Which rows are the log's own events, and what each may see (S5): a walk over the log, where one is needed."""
+        self.reads = search(self, history, tell)
+        own = np.isin(self.reads.kind, (OWN, COUNTED))
+        for unit in self.units:
+            if unit.lacks and not own.all():
+                raise PenstockError(f"{unit.lacks} (row {int(np.argmin(own))} is none of the log's own events)")
 
     # what is asked
 
@@ -265,10 +285,10 @@ class Job:
             raise EventError(f"[{int(np.argmax(outside))}].{name}", "expected a time between the years 1 and 9999")
         return times
 
-    def _bounds(self) -> Times:
+    def _sequences(self) -> Times | None:
         name = self.asked.sequence
         if name is None:
-            return self.times
+            return None
         names = self.spine.column_names
         if name not in names:
             raise PenstockError(f"sequence: the spine has no column {name!r}{suggestion(name, names)}")
@@ -284,11 +304,15 @@ class Job:
                 if group.request:
                     for field in _fields_of(unit, group):
                         needed.setdefault(field, group.view.name)
+            unit.lacks = self._lacks(unit.event, needed, {unit.store.key: unit.key})
+        if unit.request and not unit.lacks:
             plan, columns = self._as_events(unit.event, needed, {unit.store.key: unit.key}, unit.store.columns)
             unit.reader, unit.columns = EventReader(plan, set(), set()), columns
             kind = unit.event.fields[unit.store.key].type
             unit.key_ref = (unit.store.key, kind == "int64", to_int, False)
             return
+        for group in unit.groups:
+            group.request = False
         if self.pipeline is not None:
             event = self.plan.events[self.pipeline.event]
             kind = next(f.type for f in event.fields if f.name == unit.key)
@@ -343,7 +367,8 @@ class Job:
         names = self.spine.column_names
         fields: list[Field] = []
         columns: dict[str, Any] = {}
-        missing: list[str] = []
+        if lacks := self._lacks(event, needed, called):
+            raise PenstockError(lacks)
         for i, field in enumerate(event.fields):
             source = called.get(i, field.name)
             if i == event.time:
@@ -355,18 +380,27 @@ class Job:
                 fields.append(field)
                 if source in names:
                     columns[field.name] = self.spine.column(source)
-                elif field.required and not field.optional:
-                    missing.append(field.name)
-        if missing:
-            for_whom = sorted({needed[i] for i, f in enumerate(event.fields) if f.name in missing})
-            raise PenstockError(
-                f"the spine has no column {', '.join(missing)}, needed by {', '.join(for_whom)}: its rows are read as "
-                f"{event.name} events (include_request_event). Add it to the spine, or ask for other features"
-            )
         plan = msgspec.structs.replace(event, fields=fields)
         wanted = {i for i in aggregated if i in needed}
         keys = {i for i in needed if i in self._key_fields(event)}
         return plan, column_set(pyarrow().table(columns), plan, keys, wanted)
+
+    def _lacks(self, event: EventPlan, needed: dict[int, str], called: dict[int, str]) -> str:
+        """What the spine has not, in words; arguments as for _as_events."""
+        names = self.spine.column_names
+        missing = [
+            i
+            for i, field in enumerate(event.fields)
+            if i != event.time and i in needed and field.required and called.get(i, field.name) not in names
+        ]
+        if not missing:
+            return ""
+        for_whom = sorted({needed[i] for i in missing})
+        return (
+            f"the spine has no column {', '.join(event.fields[i].name for i in missing)}, needed by "
+            f"{', '.join(for_whom)}: its rows are read as {event.name} events (include_request_event). "
+            "Add it to the spine, or ask for other features"
+        )
 
     def _key_fields(self, event: EventPlan) -> set[int]:
         return {self.plan.stores[i].key for i in event.stores}
@@ -406,15 +440,15 @@ class Job:
         return found
 
     def run(self, task: Task, history: History, budget: int, tell: Callable[[int], None]) -> Any:
-        """One pass over the log: a table of row numbers, values (8 bytes, or strings) and status bytes.
+        """One pass over the log: a table of row numbers, values (8 bytes, or strings), status bytes, and `any`: whether
+        the row has a value that is no count of 0.
 
         None where the state does not fit into the budget.
         """
         pa = pyarrow()
         unit = self.units[task.unit]
-        # With K as it was served, what the online state had given up by then is given up here.
-        reach = FOR_EVER if self.mode == "sequence" else unit.store.lateness
-        first = _Pass(self, unit, task, unit.store.lateness, reach, budget)
+        # A row with a K as it was served finds given up what the online state had given up by then (S14).
+        first = _Pass(self, unit, task, unit.store.lateness, unit.store.lateness, budget)
         rows = first.run.choose()
         values = np.zeros((len(unit.outputs), len(rows)), dtype=np.int64)
         status = np.zeros((len(unit.outputs), len(rows)), dtype=np.uint8)
@@ -434,7 +468,8 @@ class Job:
             values[:, places] = more_values
             status[:, places] = more_status
             texts = {i: _replaced(array, places, more[i]) for i, array in texts.items()}
-        columns: dict[str, Any] = {"row": pa.array(rows)}
+            first.anything[places] = again.anything
+        columns: dict[str, Any] = {"row": pa.array(rows), "any": pa.array(first.anything)}
         for i in range(len(unit.outputs)):
             columns[f"v{i}"] = texts[i] if i in texts else pa.array(values[i])
             columns[f"s{i}"] = pa.array(status[i])
@@ -442,7 +477,8 @@ class Job:
 
 
 class _Pass:
-    """One pass of one partition over the log. Rows older than the watermark by more than `reach` are set aside."""
+    """One pass of one partition over the log. Rows as of their time that are older than the watermark by more than
+    `reach` are set aside."""
 
     def __init__(self, job: Job, unit: Unit, task: Task, lateness: int, reach: int, budget: int) -> None:
         self.job = job
@@ -457,6 +493,7 @@ class _Pass:
             n_where=len(store.wheres),
             fingerprint=store.fingerprint,
             max_bytes=budget // 2 if job.asked.backfill else budget,
+            retention=store.lifetime,
         )
         source = Source(unit.event, EventReader(unit.event, set(), set()))
         is_int = unit.event.fields[store.key].type == "int64"
@@ -475,11 +512,11 @@ class _Pass:
             task.parts,
             job.mode,
             reach,
-            budget // 4,  # with backfill: of the events that wait to be sorted, and as much of all event times
+            budget // 2,  # with backfill: of the events that wait to be sorted
             max(2, len(unit.event.fields)),
-            store.retention is not None,
         )
         self.beyond: npt.NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
+        self.anything: npt.NDArray[np.uint8] = np.zeros(0, dtype=np.uint8)
 
     def read(
         self, history: History, rows: Times, values: Any, status: Any, tell: Callable[[int], None]
@@ -487,19 +524,38 @@ class _Pass:
         """Fill values and status (outputs x rows); gives the string columns, or None where the state does not fit."""
         pa = pyarrow()
         unit, run = self.unit, self.run
-        bounds = self.job.bounds[rows]
-        places = np.argsort(bounds, kind="stable")
+        reads = self.job.reads
+        if history.first_sequence > 0 and unit.event.name in (marks := history.first_watermarks()):
+            # What retention dropped is not newer than this: a window that reaches back to it cannot be known (S17).
+            self.state.miss_before(max(FIRST_TIME, marks[unit.event.name]) + 1)
+        bounds = reads.bound[rows]
+        if self.job.asked.backfill:
+            places = np.lexsort((bounds, reads.time[rows]))
+        else:
+            places = np.argsort(bounds, kind="stable")
         self.beyond = np.zeros(len(rows), dtype=np.uint8)
+        self.anything = np.zeros(len(rows), dtype=np.uint8)
         outputs = []
         for i, output in enumerate(unit.outputs):
-            is_string = output.type == "string"
-            outputs.append((values[i].ctypes.data, status[i].ctypes.data, is_string, _default_bytes(output)))
-        groups = [(group.view.group, group.request, group.columns) for group in unit.groups]
+            is_string, counts = output.type == "string", output.function in COUNTS
+            outputs.append((values[i].ctypes.data, status[i].ctypes.data, is_string, counts, _default_bytes(output)))
+        groups = [(g.view.group, g.view.include_request_event, g.request, g.columns) for g in unit.groups]
         order = rows[places]
-        run.begin(order, places, self.job.times[order], bounds[places], groups, outputs, self.beyond)
+        run.begin(
+            order,
+            places,
+            self.job.times[order],
+            reads.kind[order],
+            reads.bound[order],
+            reads.time[order],
+            groups,
+            outputs,
+            self.beyond,
+            self.anything,
+        )
         if not (self._feed(history, tell) and run.finish()):
             if run.never_fits:
-                what = "what every pass holds" if self.job.asked.backfill else "the state of one key"
+                what = "what is kept of one key's events" if self.job.asked.backfill else "the state of one key"
                 raise PenstockError(
                     f"{what} does not fit into {self.budget / 2**20:,.1f} MiB, a worker's share; "
                     "give more memory= or fewer workers="

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -30,7 +31,7 @@ from ..tables import _constant, _default, arrow_table, one_array, pyarrow
 from .history import History
 from .spine import MOST_PARTS, PRESENT, Asked, Feature, Job, Task, Times, history_events, open_history
 
-__all__ = ["training_set"]
+__all__ = ["TrainingSummary", "training_set"]
 
 Done = Callable[[int, int], None]
 
@@ -38,6 +39,23 @@ CHUNK = 1 << 18  # rows that are joined at once
 LEAST_STATE = 4 << 20  # bytes: the state of one partition gets no less
 AGED, WIDE = 0x40, 0x80  # flags of a status (ext/row.h)
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+class TrainingSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What a training set's rows were. own: rows that are one of the log's own events; as_of_time: the others that have
+    a value which is no count of 0; nothing: those that have none. warnings: what should be heard, a sentence each."""
+
+    rows: int
+    own: int
+    as_of_time: int
+    nothing: int
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows:,} rows: {self.own:,} found their own event in the log, {self.as_of_time:,} are as of their "
+            f"time, {self.nothing:,} found nothing"
+        )
 
 
 def training_set(
@@ -56,6 +74,8 @@ def training_set(
     out: str | Path | None = None,
     progress: Done | None = None,
     on: str = "threads",
+    own: str = "auto",
+    summary: Callable[[TrainingSummary], None] | None = None,
 ) -> Any:
     """The spine with features as of each row's time T, computed from an event log.
 
@@ -66,13 +86,19 @@ def training_set(
     are computed on the joined row. With neither, the app's only pipeline.
     time: the column with T; left out, the event type's time field, or the spine's only timestamp column.
 
-    A row sees events with event time <= T and ingest time <= T (S5) that were applied; late and quarantined ones were
-    not. sequence: a column with the sequence before which events count, in place of the ingest time: K as a score was
-    logged with it. backfill: every event with event time <= T counts, whenever it came, in the order S6.
-    A view with include_request_event counts the row itself as the newest event at T (S8): the spine then needs the
-    columns that the view aggregates. With `backfill` the log's own event at T is the one that counts, and no other.
-    A T that the online state had given up (older than the watermark by more than lateness) is read from all of history.
+    A row that is one of the log's own events gets what scoring that event gave: what had been applied before it, and
+    INVALID where the online state had given up its T (S14). It is that event if the event id is the same; without one,
+    if the key, the time and every field of the event that the spine has are equal; of several equal events each row
+    takes the next, in log order, and rows beyond them the last. own="never" looks for none.
+    Any other row sees events with event time <= T and ingest time <= T (S5) that were applied; late and quarantined
+    ones were not; it is read from all of history, however old T is.
+    sequence: a column with the sequence before which events count, in place of both: K as a score was logged with it.
+    backfill: every event with event time <= T counts, whenever it came, in the order S6; of a row that is one of the
+    log's own events those before it in that order.
+    A view with include_request_event counts the row itself as the newest event at T (S8): its own event, and of another
+    row, without `backfill`, the row: the spine then needs the columns that the view aggregates.
     A function that fails gives null. statuses: beside each feature a column `{feature}__status` (S17).
+    summary: told what the rows were; without it, what should not be passed over is a UserWarning.
 
     workers: threads (default: one per core); on="ray": tasks of a Ray cluster that reaches the log folder. memory: what
     the state of all workers may take together; keys are split over as many passes as that needs.
@@ -82,15 +108,19 @@ def training_set(
     """
     if on not in ("threads", "ray"):
         raise ValueError(f'on: expected "threads" or "ray", got {on!r}')
+    if own not in ("auto", "never"):
+        raise ValueError(f'own: expected "auto" or "never", got {own!r}')
     asked = Asked(
         features=None if features is None else tuple([features] if isinstance(features, str) else features),
         pipeline=pipeline,
         time=time,
         sequence=sequence,
         backfill=backfill,
+        own=own,
     )
     plan = app if isinstance(app, Plan) else load_plan(app)
-    job = Job(plan, arrow_table(spine), asked)
+    names = {name for event in plan.events.values() for name in event.slots} | {time or "", sequence or ""}
+    job = Job(plan, arrow_table(spine, names), asked)
     history = open_history(log)
     if workers is None:
         workers = len(os.sched_getaffinity(0))
@@ -99,13 +129,31 @@ def training_set(
     budget = max(LEAST_STATE, _bytes(memory) // workers)
     folder = None if out is None else tempfile.mkdtemp(prefix="penstock-training-")
     try:
+        portable = portable_app(app) if on == "ray" else ""
         tasks = job.tasks(history, workers, budget)
+        events = history_events(history)
+        tally = Tally(events * (1 + len(tasks)), progress)
+        told = 0
+
+        def tell(n: int) -> None:
+            nonlocal told
+            told += n
+            tally.add(n)
+
+        job.find(history, tell)
+        tally.add(max(0, events - told))
         if on == "ray":
             from .ray_job import run_tasks
 
-            results = run_tasks(portable_app(app), log, history, job, tasks, budget, folder, progress)
+            results = run_tasks(portable, log, history, job, tasks, budget, folder, tally)
         else:
-            results = _run_threads(job, history, tasks, workers, budget, folder, progress)
+            results = _run_threads(job, history, tasks, workers, budget, folder, tally)
+        told_rows = _summary(job, results, max(0, history.first_sequence))
+        if summary is not None:
+            summary(told_rows)
+        else:
+            for sentence in told_rows.warnings:
+                warnings.warn(sentence, stacklevel=2)
         if out is None:
             tables = list(_joined(job, results, statuses))
             return pyarrow().concat_tables(tables)
@@ -113,6 +161,55 @@ def training_set(
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _summary(job: Job, results: dict[int, list[Any]], begins: int) -> TrainingSummary:
+    """What the rows were, and what is wrong with them all. begins: the first event that history still has."""
+    anything = np.zeros(job.spine.num_rows, dtype=bool)
+    for tables in results.values():
+        for table in tables:
+            anything[np.asarray(table.column("row"))] |= np.asarray(table.column("any")) != 0
+    reads = job.reads
+    others = int((~anything & (reads.own < 0)).sum())
+    rows = job.spine.num_rows
+    said = []
+    if reads.blind and not anything.any():
+        said.append(
+            "every feature of every row is null or 0: history was ingested after its time, and a row sees what had been"
+            f" ingested by its own ({reads.blind:,} rows before anything was); backfill=True (--backfill) counts it"
+        )
+    elif 2 * reads.blind > rows:
+        said.append(
+            f"{reads.blind:,} rows see nothing, for nothing had been ingested by their time; history that was ingested "
+            "later counts with backfill=True (--backfill)"
+        )
+    if 2 * reads.loaded > reads.found and not job.asked.backfill and job.sequences is None:
+        said.append(
+            f"history was loaded after its time: the events of {reads.loaded:,} rows came in later than they happened,"
+            " by more than their lateness, and these rows see what was loaded before them; with backfill=True"
+            " (--backfill) they see what happened before them"
+        )
+    if 100 * reads.near >= max(1, rows):
+        said.append(
+            f"{reads.near:,} rows have the key and time of a logged event but are none, for they differ in "
+            f"{', '.join(reads.differs)}; they are read as of their time, and such an event counts in it"
+        )
+    if begins:
+        said.append(
+            f"history begins at event {begins:,}: features whose windows reach further back are null and INVALID"
+        )
+    if reads.moved:
+        said.append(
+            f"{reads.moved:,} rows have the id of a logged event and another time: they see nothing that came in behind"
+            ' that event; own="never" reads them as of their time'
+        )
+    return TrainingSummary(
+        rows=rows,
+        own=reads.found,
+        as_of_time=rows - reads.found - others,
+        nothing=others,
+        warnings=tuple(said),
+    )
 
 
 def _joined(job: Job, results: dict[int, list[Any]], statuses: bool) -> Iterator[Any]:
@@ -296,11 +393,10 @@ class Tally:
 
 
 def _run_threads(
-    job: Job, history: History, tasks: list[Task], workers: int, budget: int, folder: str | None, progress: Done | None
+    job: Job, history: History, tasks: list[Task], workers: int, budget: int, folder: str | None, tally: Tally
 ) -> dict[int, list[Any]]:
     """Every task on a thread (a pass runs without the GIL); tables by unit, kept in `folder` where there is one."""
     events = history_events(history)
-    tally = Tally(events * len(tasks), progress)
     stopped = threading.Event()
 
     def work(task: Task) -> tuple[Task, Any]:

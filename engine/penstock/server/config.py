@@ -84,7 +84,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     log_retention: Annotated[str | None, Meta(description="how long history is kept, for example 90d; for ever")] = None
     snapshot_bytes: Annotated[int, Meta(ge=1 << 20, description="of log between two snapshots of state")] = 1 << 30
     start_cold: Annotated[bool, Meta(description="start layouts that changed empty, not rebuilt from the log")] = False
+    start_partial: Annotated[
+        bool, Meta(description="rebuild layouts although history was dropped: INVALID until windows have refilled")
+    ] = False
     max_body: Annotated[int, Meta(ge=1, le=1 << 30, description="largest request body, bytes")] = 1 << 20
+    max_tensors: Annotated[
+        int, Meta(ge=1, le=1 << 30, description="largest body of binary tensors, and gRPC message, bytes")
+    ] = 1 << 26
     max_head: Annotated[int, Meta(ge=256, le=1 << 20, description="largest request head, bytes")] = 16384
     max_connections: Annotated[int, Meta(ge=1, description="open connections; more are answered 503")] = 10000
     head_timeout: Annotated[float, Meta(gt=0, le=86400, description="for a request's head to arrive, s")] = 10.0
@@ -172,7 +178,7 @@ def load_config(
         raise ConfigError(f"{place['load']}: every model is loaded at the start; say --models-control explicit")
     if config.log is None:
         for name in merged:
-            if name.startswith("log_") or name in ("start_cold", "snapshot_bytes"):
+            if name.startswith("log_") or name in ("start_cold", "start_partial", "snapshot_bytes"):
                 raise ConfigError(f"{place[name]}: there is no log; say --log DIR")
     return config
 

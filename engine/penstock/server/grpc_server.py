@@ -634,15 +634,11 @@ def compute(served: Any, request: Any) -> Any:
                     raise Refusal(_CODES[501], f"{place}: classification is not supported; ask for the scores")
             wanted.append(output.name)
     results = served.infer(inputs, wanted)
+    # Raw whatever came, as Triton and OpenVINO answer: published clients read nothing else.
     answer = oip.ModelInferResponse(model_name=served.name, model_version=served.version, id=request.id)
-    if raw or not tensors or any(datatype in RAW_ONLY for _, datatype, _, _ in results):
-        contents = answer.raw_output_contents
-        for name, datatype, shape, data in results:
-            answer.outputs.add(name=name, datatype=datatype, shape=shape)
-            contents.append(data)
-    else:
-        for name, datatype, shape, data in results:
-            raw_to_typed(answer.outputs.add(name=name, datatype=datatype, shape=shape), data)
+    for name, datatype, shape, data in results:
+        answer.outputs.add(name=name, datatype=datatype, shape=shape)
+        answer.raw_output_contents.append(data)
     return answer
 
 
@@ -680,17 +676,3 @@ def typed_to_raw(index: int, tensor: Any) -> bytes:
             raise _invalid(f"{place}.contents.{field}[{at}]: expected {datatype}, got {array[at]}")
     data: bytes = array.astype(wanted).tobytes()
     return data
-
-
-def raw_to_typed(tensor: Any, data: bytes) -> None:
-    """Put an output's bytes into its `contents`."""
-    field, _, kind = _CONTENTS[tensor.datatype]
-    contents = getattr(tensor.contents, field)
-    if tensor.datatype != "BYTES":
-        contents.extend(np.frombuffer(data, kind).tolist())
-        return
-    at = 0
-    while at < len(data):
-        size = int.from_bytes(data[at : at + 4], "little")
-        contents.append(data[at + 4 : at + 4 + size])
-        at += 4 + size

@@ -156,6 +156,7 @@ def _engine(app: App | Engine | None, config: ServerConfig) -> Engine:
         sync=config.log_sync,
         scores=config.log_scores,
         start_cold=config.start_cold,
+        start_partial=config.start_partial,
         snapshot_bytes=config.snapshot_bytes,
         parquet=config.log_parquet,
         retention=config.log_retention,
@@ -314,7 +315,7 @@ class Serving:
             self.repository,
             host=self.config.host,
             port=self.config.grpc_port or 0,
-            max_message=self.config.max_body,
+            max_message=max(self.config.max_body, self.config.max_tensors),
             state=self.state,
             routes=oip,
         )

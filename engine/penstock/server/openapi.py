@@ -103,6 +103,7 @@ def _operation(name: str, about: str, body: Schema, answer: Schema, parameters: 
         "responses": {
             "200": {"description": "Done.", "content": _json(answer)},
             "400": _refusal("Not HTTP, not JSON, or an unknown parameter; nothing has changed."),
+            "403": _refusal("A browser asks for a page of another origin; nothing has changed."),
             "413": _refusal("The body is too large; nothing has changed."),
             "415": _refusal("A Content-Encoding that is not understood; nothing has changed."),
             "422": _refusal("JSON that does not fit; nothing has changed."),

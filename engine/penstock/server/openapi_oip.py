@@ -342,7 +342,11 @@ def _read(label: str, about: str, answer: str, *refusals: str) -> Schema:
 
 def _write(label: str, about: str, body: str | None, answer: str, required: bool, *refusals: str) -> Schema:
     operation = _read(label, about, answer, "400", *refusals)
-    for status, about in (("413", "The body is too large."), ("415", "An unknown Content-Encoding.")):
+    for status, about in (
+        ("403", "A browser asks for a page of another origin."),
+        ("413", "The body is too large."),
+        ("415", "An unknown Content-Encoding."),
+    ):
         operation["responses"][status] = {"description": about, "content": _json("oip.Error")}
     if body is not None:
         operation["requestBody"] = {"required": required, "content": _json(body)}

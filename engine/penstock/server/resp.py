@@ -28,6 +28,7 @@ __all__ = ["build_resp"]
 OK = Status("OK")
 MAX_KEYS = 1000
 NAME_MAX = 1024
+TRANSACTIONS = ("MULTI", "EXEC", "DISCARD", "WATCH")
 
 
 def build_resp(
@@ -107,14 +108,31 @@ class Control:
             raise CommandError("ERR this port speaks RESP, not HTTP")
         command = self.commands.get(upper)
         if command is None:
-            if upper in ("MULTI", "EXEC", "WATCH", "DISCARD"):
-                raise CommandError(f"ERR {upper} is not served: there are no transactions; pipeline without one")
+            if upper in TRANSACTIONS:
+                return self.transaction(connection, upper, arguments)
             given = "".join(f"'{a[:128].decode('utf-8', 'backslashreplace')}' " for a in arguments[:16])
             raise CommandError(f"ERR unknown command '{word[:128]}', with args beginning with: {given}")
         least, most = ARITY[upper]
         if not least <= len(arguments) <= most:
             raise CommandError(f"ERR wrong number of arguments for '{word.lower()}' command")
         return command(connection, arguments)
+
+    def transaction(self, connection: RespConnection, name: str, arguments: list[bytes]) -> Any:
+        """MULTI is refused, and with it what its sender meant to be done only together: all up to EXEC or DISCARD."""
+        refusing = connection.refusing
+        if arguments and name == "DISCARD":
+            raise CommandError("ERR wrong number of arguments for 'discard' command")
+        connection.refusing = name == "MULTI"
+        if arguments and name == "EXEC":
+            why = "wrong number of arguments for 'exec' command"
+            raise CommandError(f"EXECABORT Transaction discarded because of: {why}")
+        if name == "EXEC" and refusing:
+            raise CommandError("EXECABORT Transaction discarded because of previous errors.")
+        if name == "DISCARD" and refusing:
+            return OK
+        if name in ("EXEC", "DISCARD"):
+            raise CommandError(f"ERR {name} without MULTI")
+        raise CommandError(f"ERR {name} is not served: there are no transactions; pipeline without one")
 
     # The connection.
 
@@ -184,6 +202,7 @@ class Control:
         connection.protocol = 2
         connection.name = b""
         connection.authenticated = self.password is None
+        connection.refusing = False
         return Status("RESET")
 
     def select(self, connection: RespConnection, arguments: list[bytes]) -> Any:

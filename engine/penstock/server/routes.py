@@ -173,6 +173,7 @@ def build_server(
         resolve=None if oip is None else oip.resolve,
         log=None if oip is None else oip.log.fault,
         max_body=config.max_body,
+        max_tensors=config.max_tensors,
         max_head=config.max_head,
         max_connections=config.max_connections,
         head_timeout=config.head_timeout,
