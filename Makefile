@@ -7,7 +7,7 @@ ARGS ?=
 SECONDS ?= 1800
 NATIVE := $(wildcard ext/*.pyx ext/*.pxd ext/*.c ext/*.h) setup.py pyproject.toml
 
-.PHONY: test stress ci-extra lint demo bench bench-peers soak clean tools
+.PHONY: test stress asan ci-extra lint demo bench bench-peers soak clean tools
 
 tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "make: CPython 3.11 or newer is needed as '$(PYTHON)' (set PYTHON=...)" >&2; exit 1; }
@@ -39,6 +39,12 @@ test: $(VENV)/built $(VENV)/extra-test
 # An hour of random apps against exact fractions and SQL: make stress ARGS='--minutes 10'; a failure prints its seed.
 stress: $(VENV)/built $(VENV)/extra-test
 	@$(BIN)/python tests/stress/run.py $(ARGS)
+
+# The kernels under the address and undefined-behaviour sanitizers, in build/asan: their tests, and damaged files of every
+# kind. make asan ARGS='--seed 7', or pytest's arguments: make asan ARGS=tests/ext/test_windows.py
+asan: $(VENV)/built $(VENV)/extra-test
+	@$(BIN)/python -c 'import Cython, setuptools' 2>/dev/null || $(PIP) 'setuptools>=77' 'cython>=3.1'
+	@$(BIN)/python tests/sanitizers/run.py $(ARGS)
 
 # What only CI installs beside the tests' own needs; tests that lack it skip.
 ci-extra: $(VENV)/built $(VENV)/extra-test $(VENV)/extra-ci $(VENV)/kserve/installed

@@ -3,6 +3,7 @@
 Baseline is x86-64-v2; AVX2 variants are functions with a target attribute, chosen at run time. No flag may change
 what a floating-point expression means: no contraction, no fast-math, no -march=native.
 PENSTOCK_EXT=windows,trees builds only those modules (for development).
+PENSTOCK_SANITIZE=1 builds with the address and undefined-behaviour sanitizers and the kernels' own checks (make asan).
 """
 
 import os
@@ -47,6 +48,10 @@ C_FILES: dict[str, list[str]] = {
 flags = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-unused-function"]
 if platform.machine() in ("x86_64", "AMD64"):
     flags += ["-msse4.2", "-mpopcnt", "-mcx16"]
+sanitizers: list[str] = []
+if os.environ.get("PENSTOCK_SANITIZE"):
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags += [*sanitizers, "-O1", "-g", "-fno-omit-frame-pointer", "-DPENSTOCK_DEBUG"]
 
 only = {name for name in os.environ.get("PENSTOCK_EXT", "").split(",") if name}
 unknown = only - C_FILES.keys()
@@ -60,6 +65,7 @@ extensions = [
         include_dirs=[SOURCES],
         depends=[str(p.relative_to(HERE)) for p in sorted((HERE / "ext").glob("*.h"))],
         extra_compile_args=flags,
+        extra_link_args=sanitizers,
     )
     for name, c_files in C_FILES.items()
     if (not only or name in only) and (HERE / "ext" / f"{name}.pyx").exists()

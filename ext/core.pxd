@@ -6,7 +6,7 @@ from penstock._ext.decision cimport Decision, IdSource, Verdict
 from penstock._ext.log cimport EventLog, ps_log, ps_log_api
 from penstock._ext.row cimport ps_slot
 from penstock._ext.steps cimport KeyRef, ModelRun, Pipe, PipeC, Read, RowKeys, Rows, Source, SourceC
-from penstock._ext.windows cimport ps_arena, ps_event, ps_handle
+from penstock._ext.windows cimport ps_arena, ps_event, ps_handle, ps_store_api
 
 
 cdef enum:
@@ -74,6 +74,7 @@ cdef class Core:
         ps_log *log_ptr           # NULL: no log
         const ps_log_api *log_api
         int64_t log_id
+        const ps_store_api *store_api
         uint64_t score_share      # of 2^32: keys whose scores are logged
         uint64_t scores_lost
         bint wait_here            # calls wait for the sync

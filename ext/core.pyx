@@ -36,7 +36,7 @@ from penstock._ext.steps cimport (
     Function, KeyRef, LOG_REFUSED, MAX_ARGUMENTS, MAX_ARMS, MAX_COLUMNS, MAX_STORES, ModelRun, OUT_OF_MEMORY, Pipe, PipeC, Read,
     RowKeys, Rows, Source, SourceC, UNSCORED, Use, checked,
 )
-from penstock._ext.windows cimport WindowStore, ps_key, ps_store_api, ps_store_stats
+from penstock._ext.windows cimport WindowStore, ps_key, ps_store, ps_store_api, ps_store_stats
 
 from penstock._ext.decision import OUTCOMES, STATUSES
 from penstock._ext.events import TYPE_CODES
@@ -171,8 +171,13 @@ cdef int look_ahead(Pipe pipe, list events, Py_ssize_t first, int n, uint64_t *h
     cdef int overflow
     cdef PyObject *value
     cdef ps_key key
-    cdef const ps_store_api *api = source.uses[0].api if source.n_uses else pipe.c.reads[0].api if pipe.c.n_reads else NULL
-    if api == NULL:
+    cdef const ps_store_api *api
+    cdef const ps_store *store
+    if source.n_uses:
+        api, store = source.uses[0].api, source.uses[0].store
+    elif pipe.c.n_reads:
+        api, store = pipe.c.reads[0].api, pipe.c.reads[0].store
+    else:
         return 0
     for i in range(n):
         for k in range(n_keys):
@@ -197,7 +202,7 @@ cdef int look_ahead(Pipe pipe, list events, Py_ssize_t first, int n, uint64_t *h
                 key.i = PyLong_AsLongLongAndOverflow(<object>value, &overflow)
                 if overflow:
                     continue
-            hashes[i * AHEAD_KEYS + k] = api.hash(&key) | <uint64_t>1 << 63     # the stores use the lower half
+            hashes[i * AHEAD_KEYS + k] = api.hash(store, &key) | <uint64_t>1 << 63     # the stores use the lower half
             fetch(pipe, k, hashes[i * AHEAD_KEYS + k], False)
     return n_keys
 
@@ -209,9 +214,12 @@ cdef class Core:
     def __cinit__(self, list sources, list pipes, list stores, bytes constants, bint event_clock):
         self.mutex = checked(1, sizeof(pthread_mutex_t))
         pthread_mutex_init(<pthread_mutex_t *>self.mutex, NULL)
+        if len({(<WindowStore>store).seed for store in stores}) > 1:
+            raise ValueError("stores: expected one seed: a key is hashed once for all of them")
         self.sources = sources
         self.pipes = pipes
         self.stores = stores
+        self.store_api = (<WindowStore>stores[0]).api if stores else NULL
         self.constants = constants
         self.event_clock = event_clock
         self.ids = IdSource()
@@ -439,8 +447,8 @@ cdef class Core:
         cdef char *text
         if keys.sequence < 0:
             return
-        if not self.score_share >> 32 and pipe.n_keys:
-            if keys.hash[0] >> 32 >= self.score_share:
+        if not self.score_share >> 32 and pipe.n_keys and self.store_api != NULL:
+            if self.store_api.partition(&keys.key[0]) >> 32 >= self.score_share:
                 return
         for i in range(pipe.n_logged):
             slot = pipe.logged[i]
@@ -1138,16 +1146,17 @@ cdef class Core:
             self.leave()
 
     cdef void hash_keys(self, int n_keys, Read *reads, int n_reads, SourceC *source, RowKeys *keys) noexcept nogil:
-        """One hash per key: every store uses the same function."""
+        """One hash per key: every store has the same seed."""
         cdef int i
         cdef const ps_store_api *api = NULL
+        cdef const ps_store *store = NULL
         if source.n_uses:
-            api = source.uses[0].api
+            api, store = source.uses[0].api, source.uses[0].store
         elif n_reads:
-            api = reads[0].api
+            api, store = reads[0].api, reads[0].store
         if api != NULL:
             for i in range(n_keys):
-                keys.hash[i] = api.hash(&keys.key[i])
+                keys.hash[i] = api.hash(store, &keys.key[i])
 
     cpdef Decision score(self, Py_ssize_t pipeline, object event, bint ingest=True, bint explain=False):
         """Score one event: an Event of the pipeline's type, a decoded wire Struct, or a dict.
@@ -1288,7 +1297,7 @@ cdef class Core:
                     key.str = PyBytes_AS_STRING(text)
                     key.len = <uint32_t>PyBytes_GET_SIZE(text)
                 arena.used = <uint32_t>PyBytes_GET_SIZE(self.constants)
-                handle = store.api.find(store.ptr, &key, store.api.hash(&key))
+                handle = store.api.find(store.ptr, &key, store.api.hash(store.ptr, &key))
                 if store.api.read(store.ptr, handle, group, as_of, NULL, slots, status, arena) != 0:
                     raise EngineError("out of memory while reading")
                 values = [slot_value(slots[i], status[i], types[i], arena.data) for i in range(n)]

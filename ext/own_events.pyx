@@ -428,10 +428,10 @@ cdef class SpineSearch:
                         self.event_time[row] = when
                         self.ingest_time[row] = r.ingest_time
                         self.n_waiting -= 1
-        if done:
-            return at, "done"
         if length == PS_RECORD_MISFIT:
             raise schemas.refusal(<const ps_record *>(base + at), at)
+        if done:
+            return at, "done"
         if self.seen >= until and at < end:
             return at, "some"
         return at, "stopped" if at < end else "end"

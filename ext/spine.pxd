@@ -109,7 +109,7 @@ cdef class SpineRun:
         int64_t expected
         int64_t events
         int64_t applied
-        uint64_t one_key          # hash of the partition's first event
+        uint64_t one_key          # key_partition of the partition's first event
         bint any_key
         bint many_keys
         bint hopeless             # fewer keys would not make it fit
@@ -122,10 +122,11 @@ cdef class SpineRun:
         int64_t *kept_place       # sequence; ~sequence of one that was not applied
         ps_arena kept
 
-    cdef int partition_of(self, uint64_t hash) noexcept nogil
+    cdef int partition_of(self, uint64_t partition) noexcept nogil
     cdef uint64_t key_hash(self) noexcept nogil
+    cdef uint64_t key_partition(self) noexcept nogil
     cdef int large(self) noexcept nogil
-    cdef void note_key(self, uint64_t hash) noexcept nogil
+    cdef void note_key(self, uint64_t partition) noexcept nogil
     cdef int take(self, const ps_record *r, EventMapping mapping) noexcept nogil
     cdef int keep_event(self, const ps_record *r, EventMapping mapping) noexcept nogil
     cdef int queue(self, int64_t row, int part, uint64_t hash, ps_slot *slots, uint8_t *status,

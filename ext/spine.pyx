@@ -97,18 +97,22 @@ cdef class SpineRun:
         free(self.kept_place)
         free(self.kept.data)
 
-    cdef int partition_of(self, uint64_t hash) noexcept nogil:
-        return <int>((hash >> 32) % <uint64_t>self.parts)
+    cdef int partition_of(self, uint64_t partition) noexcept nogil:
+        return <int>((partition >> 32) % <uint64_t>self.parts)
 
     cdef uint64_t key_hash(self) noexcept nogil:
-        """Of the key in keys.key[0]; 0 where it is null (keys.key[0] is then of no use)."""
-        return self.store.api.hash(&self.keys.key[0])
+        """Of the key in keys.key[0], for the state."""
+        return self.store.api.hash(self.store.ptr, &self.keys.key[0])
 
-    cdef void note_key(self, uint64_t hash) noexcept nogil:
+    cdef uint64_t key_partition(self) noexcept nogil:
+        """Of the key in keys.key[0]: the same in every process that works on the same rows."""
+        return self.store.api.partition(&self.keys.key[0])
+
+    cdef void note_key(self, uint64_t partition) noexcept nogil:
         if not self.any_key:
-            self.one_key = hash
+            self.one_key = partition
             self.any_key = True
-        elif hash != self.one_key:
+        elif partition != self.one_key:
             self.many_keys = True
 
     cdef int large(self) noexcept nogil:
@@ -134,7 +138,7 @@ cdef class SpineRun:
                     mine = self.part == 0
                 else:
                     self.core.prepare_keys(&self.key, 1, self.slots, &self.arena, &self.keys)
-                    mine = self.partition_of(self.key_hash()) == self.part
+                    mine = self.partition_of(self.key_partition()) == self.part
                 if mine:
                     found[count] = i
                     count += 1
@@ -299,7 +303,7 @@ cdef class SpineRun:
 
     cdef int take(self, const ps_record *r, EventMapping mapping) noexcept nogil:
         """An event of the source: its time counts for all partitions, the rest where its key is of this one."""
-        cdef uint64_t erased, hash
+        cdef uint64_t erased, partition
         cdef int code
         cdef int64_t at
         cdef ps_slot *slots
@@ -316,10 +320,10 @@ cdef class SpineRun:
             return -1
         at = slots[self.source.c.time].i
         self.core.prepare_keys(self.source.c.keys, 1, slots, &self.block, &self.keys)
-        hash = self.key_hash()
-        if self.partition_of(hash) == self.part:
-            self.note_key(hash)
-            code = self.queue(-1, WHOLE, hash, slots, status, &self.block)
+        partition = self.key_partition()
+        if self.partition_of(partition) == self.part:
+            self.note_key(partition)
+            code = self.queue(-1, WHOLE, self.key_hash(), slots, status, &self.block)
             if code != 0:
                 return code
         else:
@@ -532,7 +536,7 @@ cdef class SpineRun:
 
     cdef int keep_event(self, const ps_record *r, EventMapping mapping) noexcept nogil:
         """An event that was applied; one that was not, where a row may be it and counts it."""
-        cdef uint64_t erased, hash
+        cdef uint64_t erased, partition
         cdef int64_t at, room
         cdef void *memory
         if r.outcome != OUTCOME_APPLIED and (r.outcome == OUTCOME_DUPLICATE or not self.any_own):
@@ -542,10 +546,10 @@ cdef class SpineRun:
             return -1
         at = self.slots[self.source.c.time].i
         self.core.prepare_keys(self.source.c.keys, 1, self.slots, &self.arena, &self.keys)
-        hash = self.key_hash()
-        if self.partition_of(hash) != self.part:
+        partition = self.key_partition()
+        if self.partition_of(partition) != self.part:
             return 0
-        self.note_key(hash)
+        self.note_key(partition)
         if self.n_kept == self.room:
             room = self.room + self.room // 2 + 1024
             if <uint64_t>room * (9 * self.width + 16) + self.kept.capacity > self.budget:

@@ -51,6 +51,7 @@ typedef struct {
     ref_t free_list[N_CLASSES];
     table_t entities, strings;
     uint64_t missing; /* 0; or events before this time (less PS_TIME_MIN - 1) may be missing, though not dropped here */
+    uint64_t seed[2]; /* of every hash here; secret: whoever knows it makes keys that collide. 0: before there was one */
 } map_t; /* format 1 ended before `missing`, with zeros behind it */
 
 typedef struct {
@@ -186,6 +187,7 @@ typedef struct {
 struct ps_store {
     char *base;
     map_t *map;
+    uint64_t secret[4]; /* out of the map's seed */
     uint64_t reserved, committed;
     int huge;
     uint8_t small_pages; /* asked for: holds for what is loaded later too */
@@ -400,11 +402,13 @@ static inline uint64_t load4(const char *p) { uint32_t v; memcpy(&v, p, 4); retu
 #define K1 0xd6e8feb86659fd93ULL
 #define K2 0xa0761d6478bd642fULL
 
-static inline uint64_t hash_bytes(const char *p, uint32_t len) {
-    uint64_t h = K0 ^ len, a, b;
+/* Folded multiplication in the manner of wyhash, both factors of every step under a word of k. With a secret k nobody can
+ * choose a factor that is 0, which would forget all that came before it, nor keys that collide. */
+static inline uint64_t hash_bytes(const uint64_t k[4], const char *p, uint32_t len) {
+    uint64_t h = k[0] ^ len, a, b;
     uint32_t left = len;
     while (left > 16) {
-        h = mix(load8(p) ^ K1, load8(p + 8) ^ h);
+        h = mix(load8(p) ^ k[1], load8(p + 8) ^ h);
         p += 16;
         left -= 16;
     }
@@ -420,13 +424,34 @@ static inline uint64_t hash_bytes(const char *p, uint32_t len) {
     } else {
         a = b = 0;
     }
-    return mix(mix(a ^ K1, b ^ h) ^ K2, K0 ^ len);
+    return mix(mix(a ^ k[1], b ^ h) ^ k[2], k[3] ^ len);
 }
 
-static inline uint64_t hash_word(uint64_t v) { return mix(v ^ K1, K2); }
+static inline uint64_t hash_word(const ps_store *S, uint64_t v) { return mix(v ^ S->secret[0], S->secret[1]); }
 
-static uint64_t key_hash(const ps_key *key) {
-    return key->is_int ? mix(hash_word((uint64_t)key->i) ^ K0, K1) : hash_bytes(key->str, key->len);
+static inline uint64_t hash_key(const uint64_t k[4], const ps_key *key) {
+    return key->is_int ? mix(mix((uint64_t)key->i ^ k[0], k[1]) ^ k[2], k[3]) : hash_bytes(k, key->str, key->len);
+}
+
+static uint64_t key_hash(const ps_store *S, const ps_key *key) { return hash_key(S->secret, key); }
+
+static uint64_t key_partition(const ps_key *key) {
+    static const uint64_t k[4] = {K0, K1, K2, K0};
+    return hash_key(k, key);
+}
+
+/* The seed's two words, stirred into four (the finalizer of MurmurHash3). */
+static void take_seed(ps_store *S) {
+    for (int i = 0; i < 4; i++) {
+        uint64_t x = S->map->seed[i & 1] + K0 * (uint64_t)(i + 1);
+        for (int turn = 0; turn < 2; turn++) {
+            x = (x ^ x >> 33) * 0xff51afd7ed558ccdULL;
+            x = (x ^ x >> 33) * 0xc4ceb9fe1a85ec53ULL;
+            x ^= x >> 33;
+            x += S->map->seed[~i & 1];
+        }
+        S->secret[i] = x;
+    }
 }
 
 /* ---- strings: interned, counted -------------------------------------------------------------------------------- */
@@ -441,7 +466,7 @@ static ref_t string_find(const ps_store *S, const char *p, uint32_t len, uint32_
 }
 
 static ref_t string_hold(ps_store *S, const char *p, uint32_t len) {
-    uint32_t hash = (uint32_t)hash_bytes(p, len);
+    uint32_t hash = (uint32_t)hash_bytes(S->secret, p, len);
     ref_t ref = string_find(S, p, len, hash);
     if (!ref) {
         ref = heap_alloc(S, units_of(sizeof(string_t) + len));
@@ -551,7 +576,7 @@ static int make_record(ps_store *S, const ps_event *e, uint64_t *rec, int intern
                     return PS_STORE_MEMORY;
                 }
             } else {
-                ref_t ref = string_find(S, p, len, (uint32_t)hash_bytes(p, len));
+                ref_t ref = string_find(S, p, len, (uint32_t)hash_bytes(S->secret, p, len));
                 value[c] = ref ? ref : STRING_ELSEWHERE;
             }
         }
@@ -636,7 +661,7 @@ static inline int value_free(const value_t *v) { return !(v->ring | v->forgotten
 
 static value_t *value_find(const ps_store *S, const cell_t *cell, const values_t *v, uint64_t key) {
     if (!v->capacity) return NULL;
-    for (uint32_t i = (uint32_t)hash_word(key) & (v->capacity - 1);; i = (i + 1) & (v->capacity - 1)) {
+    for (uint32_t i = (uint32_t)hash_word(S, key) & (v->capacity - 1);; i = (i + 1) & (v->capacity - 1)) {
         value_t *e = value_at(S, cell, v, i);
         if (value_free(e)) return NULL;
         if (e->key == key) return e;
@@ -654,7 +679,7 @@ static int values_prepare(ps_store *S, const cell_t *cell, values_t *v) {
     for (uint32_t i = 0; i < v->capacity; i++) {
         value_t *e = value_at(S, cell, v, i);
         if (value_free(e)) continue;
-        uint32_t k = (uint32_t)hash_word(e->key) & (capacity - 1);
+        uint32_t k = (uint32_t)hash_word(S, e->key) & (capacity - 1);
         while (!value_free(value_at(S, cell, &grown, k))) k = (k + 1) & (capacity - 1);
         memcpy(value_at(S, cell, &grown, k), e, cell->value_bytes);
     }
@@ -664,7 +689,7 @@ static int values_prepare(ps_store *S, const cell_t *cell, values_t *v) {
 }
 
 static value_t *value_add(ps_store *S, const cell_t *cell, values_t *v, uint64_t key) {
-    uint32_t i = (uint32_t)hash_word(key) & (v->capacity - 1);
+    uint32_t i = (uint32_t)hash_word(S, key) & (v->capacity - 1);
     for (;; i = (i + 1) & (v->capacity - 1)) {
         value_t *e = value_at(S, cell, v, i);
         if (value_free(e)) {
@@ -687,7 +712,7 @@ static void value_remove(ps_store *S, const cell_t *cell, values_t *v, value_t *
     for (uint32_t i = (gap + 1) & mask;; i = (i + 1) & mask) {
         value_t *f = value_at(S, cell, v, i);
         if (value_free(f)) break;
-        uint32_t home = (uint32_t)hash_word(f->key) & mask;
+        uint32_t home = (uint32_t)hash_word(S, f->key) & mask;
         if (((i - home) & mask) < ((i - gap) & mask)) continue; /* f's home lies behind the gap */
         memcpy(value_at(S, cell, v, gap), f, cell->value_bytes);
         f->ring = f->forgotten = 0;
@@ -2032,6 +2057,81 @@ static void store_key(const ps_store *S, ps_handle h, ps_key *key) {
     *key = (ps_key){B->key_ref ? AT(S, char, B->key_ref) : B->key, B->key_i, B->key_len, B->key_is_int};
 }
 
+/* Every node of a table into the bucket that its hash of now gives. */
+static void table_rehash(ps_store *S, table_t *t, uint32_t (*hash_of)(const ps_store *, ref_t)) {
+    ref_t all = 0;
+    for (uint64_t b = 0; b < t->buckets; b++) {
+        node_t *bucket = bucket_at(S, t, b);
+        for (ref_t ref = bucket->next, next; ref; ref = next) {
+            next = AT(S, node_t, ref)->next;
+            AT(S, node_t, ref)->next = all;
+            all = ref;
+        }
+        *bucket = (node_t){0, 0};
+    }
+    for (ref_t ref = all, next; ref; ref = next) {
+        node_t *n = AT(S, node_t, ref);
+        next = n->next;
+        n->hash = hash_of(S, ref);
+        node_t *bucket = bucket_of(S, t, n->hash);
+        n->next = bucket->next;
+        *bucket = (node_t){ref, n->hash};
+    }
+}
+
+static uint32_t entity_hash(const ps_store *S, ref_t ref) {
+    ps_key key;
+    store_key(S, (ps_handle)ref * UNIT, &key);
+    return (uint32_t)key_hash(S, &key);
+}
+
+static uint32_t string_hash(const ps_store *S, ref_t ref) {
+    const string_t *s = AT(S, string_t, ref);
+    return (uint32_t)hash_bytes(S->secret, s->bytes, s->length);
+}
+
+static void values_rehash(ps_store *S, const cell_t *cell, values_t *v, char *old) {
+    uint64_t bytes = (uint64_t)v->capacity * (uint32_t)cell->value_bytes;
+    memcpy(old, AT(S, char, v->ref), bytes);
+    memset(AT(S, char, v->ref), 0, bytes);
+    for (uint32_t i = 0; i < v->capacity; i++) {
+        const value_t *e = (const value_t *)(old + (uint64_t)i * (uint32_t)cell->value_bytes);
+        if (value_free(e)) continue;
+        uint32_t k = (uint32_t)hash_word(S, e->key) & (v->capacity - 1);
+        while (!value_free(value_at(S, cell, v, k))) k = (k + 1) & (v->capacity - 1);
+        memcpy(value_at(S, cell, v, k), e, (size_t)cell->value_bytes);
+    }
+}
+
+static void store_seed(const ps_store *S, uint64_t seed[2]) { memcpy(seed, S->map->seed, sizeof S->map->seed); }
+
+/* Everything that is hashed moves to where the new seed puts it. Takes time and memory for the largest set of values. */
+static int store_reseed(ps_store *S, const uint64_t seed[2]) {
+    if (!memcmp(seed, S->map->seed, sizeof S->map->seed)) return PS_STORE_OK;
+    uint64_t most = 0;
+    char *old = NULL;
+    for (int move = 0; move < 2; move++) {
+        if (move) {
+            if (most && !(old = malloc(most))) return PS_STORE_MEMORY;
+            memcpy(S->map->seed, seed, sizeof S->map->seed);
+            take_seed(S);
+        }
+        for (ps_handle h = store_next(S, 0); h; h = store_next(S, h))
+            for (uint32_t c = 0; c < S->n_cells; c++) {
+                const cell_t *cell = &S->cells[c];
+                if (!cell->is_distinct) continue;
+                values_t *v = IN(S->base + h, values_t, cell->off_values);
+                uint64_t bytes = (uint64_t)v->capacity * (uint32_t)cell->value_bytes;
+                if (move && v->capacity) values_rehash(S, cell, v, old);
+                else if (bytes > most) most = bytes;
+            }
+    }
+    free(old);
+    table_rehash(S, &S->map->strings, string_hash);
+    table_rehash(S, &S->map->entities, entity_hash);
+    return PS_STORE_OK;
+}
+
 static void store_stats(const ps_store *S, ps_store_stats *out) {
     const map_t *m = S->map;
     *out = (ps_store_stats){m->entities.count, m->events, m->applied, (m->bump - m->free_units) * UNIT, m->bump * UNIT,
@@ -2503,6 +2603,8 @@ static int commit_loading(ps_store *S, uint64_t size) {
     return 1;
 }
 
+_Static_assert(sizeof(map_t) <= 896, "what older dumps hold begins there, and the bytes before were zeros");
+
 static int store_begin_load(ps_store *S, uint64_t size, void **at) {
     store_cancel_load(S);
     if (size < sizeof(map_t)) return PS_STORE_DUMP_SIZE;
@@ -2515,11 +2617,6 @@ static int store_begin_load(ps_store *S, uint64_t size, void **at) {
     }
     *at = S->loading;
     return PS_STORE_OK;
-}
-
-static int store_load_is_unfit(const ps_store *S) {
-    const map_t *head = (const map_t *)S->loading;
-    return head && head->magic == MAGIC && head->format == 1 && S->format_1_unfit;
 }
 
 static int within(const map_t *m, uint64_t ref, uint64_t units) { return ref && ref <= m->bump && units <= m->bump - ref; }
@@ -2543,6 +2640,11 @@ static int head_within(const ps_store *S, const map_t *m) {
     return table_within(m, &m->entities) && table_within(m, &m->strings);
 }
 
+static int store_load_is_unfit(const ps_store *S) {
+    const map_t *head = (const map_t *)S->loading;
+    return head && head->magic == MAGIC && head->format == 1 && S->format_1_unfit;
+}
+
 static int store_commit_load(ps_store *S, uint64_t size) {
     const map_t *head = (const map_t *)S->loading;
     int error = PS_STORE_OK;
@@ -2557,7 +2659,7 @@ static int store_commit_load(ps_store *S, uint64_t size) {
         store_cancel_load(S);
         return error;
     }
-    munmap(S->base, S->reserved);
+    ps_store before = *S;
     S->base = S->loading;
     S->map = (map_t *)S->base;
     S->map->format = FORMAT;
@@ -2566,6 +2668,15 @@ static int store_commit_load(ps_store *S, uint64_t size) {
     S->huge = S->loading_huge;
     S->loading = NULL;
     if (S->small_pages) store_small_pages(S);
+    int is_older = !(S->map->seed[0] | S->map->seed[1]);
+    take_seed(S);
+    if (is_older) error = store_reseed(S, before.map->seed);
+    if (error) {
+        *S = before;
+        store_cancel_load(S);
+        return error;
+    }
+    munmap(before.base, before.reserved);
     return PS_STORE_OK;
 }
 
@@ -2610,6 +2721,8 @@ ps_store *ps_store_create(const ps_layout *L, int *error, uint32_t *at) {
         m->format = FORMAT;
         m->fingerprint = S->fingerprint;
         m->blob_bytes = S->blob_units * UNIT;
+        memcpy(m->seed, L->seed, sizeof m->seed);
+        take_seed(S);
         m->watermark = PS_TIME_MIN - 1;
         m->bump = (units_of(sizeof(map_t)) + 3) & ~(uint64_t)3;
         if (!table_init(S, &m->entities) || !table_init(S, &m->strings) || !(m->empty = heap_alloc(S, S->blob_units)))
@@ -2670,7 +2783,7 @@ static const ps_store_api api = {
     store_read,  store_version,  store_sweep,         store_stats,        store_log_position,   store_forget_unused,
     store_miss_before, store_reserve, store_small_pages, store_erase, store_next, store_key,
     ps_store_bytes, store_begin_load, store_commit_load, store_cancel_load,
-    store_load_is_unfit,
+    store_load_is_unfit, key_partition, store_seed, store_reseed,
 };
 
 const ps_store_api *ps_store_get_api(void) { return &api; }

@@ -114,6 +114,7 @@ typedef struct {
     int64_t retention;   /* of Lifetime, microseconds, not shorter than any window; PS_NO_RETENTION */
     uint64_t fingerprint;
     uint64_t max_bytes; /* of the mapping; 0: 64 GiB, the most that fits */
+    uint64_t seed[2];   /* of the hash of keys, strings and values: random and secret, one for all stores of an engine */
 } ps_layout;
 
 enum ps_store_error {
@@ -142,7 +143,7 @@ enum ps_store_error {
 };
 
 typedef struct {
-    uint64_t (*hash)(const ps_key *);
+    uint64_t (*hash)(const ps_store *, const ps_key *); /* the same in all stores of one seed */
     void (*prefetch)(const ps_store *, uint64_t hash);      /* the bucket */
     void (*prefetch_blob)(const ps_store *, uint64_t hash); /* the first blob of the bucket; after prefetch */
     ps_handle (*find)(ps_store *, const ps_key *, uint64_t hash);
@@ -188,6 +189,13 @@ typedef struct {
     /* Whether what the caller has filled in is of format 1 and of a layout that format 1 could damage, or whose ttl
      * released entities: commit would refuse it, and it is to be built anew. */
     int (*load_is_unfit)(const ps_store *);
+    /* Of a key, the same in every store and process, and known to everybody: says which part of some work it is in (by
+     * its upper half), and never where it lies in a table. */
+    uint64_t (*partition)(const ps_key *);
+    /* The seed, which dumps hold and loading takes over. Where a dump is older than seeds, loading hashes anew with the
+     * store's own. reseed: hash everything anew; 0, or an error code and nothing has changed. */
+    void (*seed)(const ps_store *, uint64_t seed[2]);
+    int (*reseed)(ps_store *, const uint64_t seed[2]);
 } ps_store_api;
 
 const ps_store_api *ps_store_get_api(void);

@@ -63,9 +63,10 @@ cdef extern from "window_state.h" nogil:
         int64_t retention
         uint64_t fingerprint
         uint64_t max_bytes
+        uint64_t seed[2]
 
     ctypedef struct ps_store_api:
-        uint64_t (*hash)(const ps_key *) noexcept nogil
+        uint64_t (*hash)(const ps_store *, const ps_key *) noexcept nogil
         void (*prefetch)(const ps_store *, uint64_t) noexcept nogil
         void (*prefetch_blob)(const ps_store *, uint64_t) noexcept nogil
         ps_handle (*find)(ps_store *, const ps_key *, uint64_t) noexcept nogil
@@ -89,6 +90,9 @@ cdef extern from "window_state.h" nogil:
         int (*commit_load)(ps_store *, uint64_t) noexcept nogil
         void (*cancel_load)(ps_store *) noexcept nogil
         int (*load_is_unfit)(const ps_store *) noexcept nogil
+        uint64_t (*partition)(const ps_key *) noexcept nogil
+        void (*seed)(const ps_store *, uint64_t *) noexcept nogil
+        int (*reseed)(ps_store *, const uint64_t *) noexcept nogil
 
     enum:
         PS_LIFETIME

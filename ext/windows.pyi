@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple
 TYPES: Final[tuple[str, ...]]
 FUNCTIONS: Final[tuple[str, ...]]
 CLOSED: Final[tuple[str, ...]]
+SEED_BYTES: Final[int]
 INVALID: Final[int]
 PRESENT: Final[int]
 NULL_VALUE: Final[int]
@@ -58,7 +59,11 @@ class WindowStore:
         fingerprint: int = 0,
         max_bytes: int = 0,
         retention: int | None = None,
+        seed: bytes | None = None,
     ) -> None: ...
+    @property
+    def seed(self) -> bytes: ...
+    def reseed(self, seed: bytes) -> None: ...
     @staticmethod
     def error_text(code: int) -> str: ...
     def apply(

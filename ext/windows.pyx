@@ -3,16 +3,18 @@
 # The hot path does not come through here: the engine core calls store.api with store.ptr (windows.pxd). A WindowStore
 # is not safe to use from two threads at once; the engine holds its lock around every call.
 
+import os
 from collections import namedtuple
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 TYPES = ("float64", "int64", "bool", "timestamp", "string")
 FUNCTIONS = ("count", "count_col", "sum", "mean", "min", "max", "var_samp", "var_pop", "stddev_samp", "stddev_pop",
              "first", "last", "distinct_count")
 CLOSED = ("right", "both", "left")
+SEED_BYTES = 16
 
 INVALID = 0
 PRESENT = 1
@@ -42,7 +44,7 @@ cdef class WindowStore:
     """Exact window state of one (source, entity); see window_state.h."""
 
     def __cinit__(self, columns, outputs, groups=None, lateness=0, n_where=0, fingerprint=0, max_bytes=0,
-                  retention=None):
+                  retention=None, seed=None):
         cdef ps_layout layout
         cdef int error = 0
         cdef uint32_t at = 0
@@ -101,6 +103,7 @@ cdef class WindowStore:
             layout.retention = PS_NO_RETENTION if retention is None else _microseconds(retention, "retention")
             layout.fingerprint = self.fingerprint
             layout.max_bytes = max_bytes
+            _fill_seed(layout.seed, os.urandom(SEED_BYTES) if seed is None else seed)
             self.ptr = ps_store_create(&layout, &error, &at)
             if self.ptr == NULL:
                 if error == PS_STORE_MEMORY:
@@ -179,7 +182,7 @@ cdef class WindowStore:
         arena = bytearray()
         self._fill_event(&e, arena, event_time, values, where_mask, ingest_time, log_id, sequence)
         text = _fill_key(&k, key)
-        h = self.api.find_or_create(self.ptr, &k, self.api.hash(&k))
+        h = self.api.find_or_create(self.ptr, &k, self.api.hash(self.ptr, &k))
         if h == 0:
             self._raise(PS_STORE_MEMORY)
         code = self.api.apply(self.ptr, h, &e)
@@ -206,7 +209,7 @@ cdef class WindowStore:
             self._fill_event(&e, arena, extra[0], extra[1], mask, 0, 0, 0)
             pe = &e
         text = _fill_key(&k, key)
-        h = self.api.find(self.ptr, &k, self.api.hash(&k))
+        h = self.api.find(self.ptr, &k, self.api.hash(self.ptr, &k))
         self._arena.used = 0
         code = self.api.read(self.ptr, h, group, as_of, pe, self._out, self._out_status, &self._arena)
         if code:
@@ -234,14 +237,14 @@ cdef class WindowStore:
         """Events ever applied to the entity; 0 if unknown."""
         cdef ps_key k
         cdef bytes text = _fill_key(&k, key)
-        return self.api.version(self.ptr, self.api.find(self.ptr, &k, self.api.hash(&k)))
+        return self.api.version(self.ptr, self.api.find(self.ptr, &k, self.api.hash(self.ptr, &k)))
 
     def log_position(self, key):
         """(log id, sequence) of the entity's last applied event; (0, 0) if unknown."""
         cdef ps_key k
         cdef int64_t log_id, sequence
         cdef bytes text = _fill_key(&k, key)
-        self.api.log_position(self.ptr, self.api.find(self.ptr, &k, self.api.hash(&k)), &log_id, &sequence)
+        self.api.log_position(self.ptr, self.api.find(self.ptr, &k, self.api.hash(self.ptr, &k)), &log_id, &sequence)
         return log_id, sequence
 
     def miss_before(self, int64_t time):
@@ -256,7 +259,7 @@ cdef class WindowStore:
         """Forget one entity altogether, its strings with it; whether it was known. No other entity changes."""
         cdef ps_key k
         cdef bytes text = _fill_key(&k, key)
-        return self.api.erase(self.ptr, &k, self.api.hash(&k)) != 0
+        return self.api.erase(self.ptr, &k, self.api.hash(self.ptr, &k)) != 0
 
     def keys(self):
         """The keys of all entities, in no particular order; for tests and tools: the list is as long as the state."""
@@ -268,6 +271,21 @@ cdef class WindowStore:
             found.append(k.i if k.is_int else k.str[:k.len].decode())
             h = self.api.next(self.ptr, h)
         return found
+
+    @property
+    def seed(self):
+        """The secret seed of its hashes, 16 bytes: who knows it can make keys that collide."""
+        cdef uint64_t seed[2]
+        self.api.seed(self.ptr, seed)
+        return PyBytes_FromStringAndSize(<const char *>seed, sizeof(seed))
+
+    def reseed(self, bytes seed not None):
+        """Hash everything anew with another seed. Raises MemoryError, and then nothing has changed."""
+        cdef uint64_t words[2]
+        _fill_seed(words, seed)
+        cdef int code = self.api.reseed(self.ptr, words)
+        if code:
+            self._raise(code)
 
     def small_pages(self):
         """Grow by small pages from now on, also after a load: steadier, a little slower."""
@@ -301,6 +319,13 @@ def chunk_growth(uint32_t stride, uint32_t summaries):
 def format_1_damaged(uint32_t stride, uint32_t summaries):
     """Whether stores of format 1 with such records may hold overwritten memory."""
     return ps_format_1_damaged(stride, summaries) != 0
+
+
+cdef int _fill_seed(uint64_t *words, bytes seed) except -1:
+    if len(seed) != SEED_BYTES:
+        raise ValueError(f"seed: expected {SEED_BYTES} bytes, got {len(seed)}")
+    memcpy(words, PyBytes_AS_STRING(seed), SEED_BYTES)
+    return 0
 
 
 cdef bytes _fill_key(ps_key *k, object key):

@@ -5,6 +5,7 @@ This file only puts the native parts together and turns tables into addresses; w
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import subprocess
@@ -22,8 +23,8 @@ from ._ext.core import Core
 from ._ext.decision import OUTCOMES, Decision, DecisionTexts
 from ._ext.events import EventReader
 from ._ext.steps import Pipe, Source
+from ._ext.windows import SEED_BYTES, WindowStore
 from ._ext.windows import Output as NativeOutput
-from ._ext.windows import WindowStore
 from .app import App, load_plan
 from .definitions.event import Event
 from .errors import DefinitionError, EventError, LogError, PenstockError
@@ -101,7 +102,8 @@ class Engine:
         for pipeline in self.plan.pipelines.values():
             self._keys[pipeline.event].update(read.key for read in pipeline.reads)
             self._keys[pipeline.event].update(step.unit for step in pipeline.experiments)
-        self.stores = [_window_store(store, self.plan.events[store.event]) for store in self.plan.stores]
+        seed = os.urandom(SEED_BYTES)  # nobody who sends keys may know how they are hashed
+        self.stores = [_window_store(store, self.plan.events[store.event], seed) for store in self.plan.stores]
         self._constants = b""
         sources = [self._source(event) for event in self.plan.events.values()]
         pipes = [self._pipe(pipeline, sources) for pipeline in self.plan.pipelines.values()]
@@ -858,7 +860,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _window_store(store: StorePlan, event: EventPlan) -> WindowStore:
+def _window_store(store: StorePlan, event: EventPlan, seed: bytes) -> WindowStore:
     return WindowStore(
         columns=[event.fields[c].type for c in store.columns],
         outputs=[
@@ -871,6 +873,7 @@ def _window_store(store: StorePlan, event: EventPlan) -> WindowStore:
         lateness=store.lateness,
         n_where=len(store.wheres),
         fingerprint=store.fingerprint,
+        seed=seed,
         retention=store.lifetime,
     )
 

@@ -248,7 +248,10 @@ def test_stores_hold_the_same_state():
     plan = compile_plan(EVERYTHING)
     again = plan_from_layouts(describe_layouts(plan))
     for old, new in zip(plan.stores, again.stores):
-        a, b = _window_store(old, plan.events[old.event]), _window_store(new, again.events[new.event])
+        a, b = (
+            _window_store(store, events[store.event], bytes(range(16)))
+            for store, events in ((old, plan.events), (new, again.events))
+        )
         b.load(a.dump())
         assert a.outputs == b.outputs
 

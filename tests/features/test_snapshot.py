@@ -23,6 +23,7 @@ from penstock.features import snapshot
 from penstock.features.snapshot import SnapshotPosition, load_snapshot, prune, write_snapshot
 
 FIRST, SECOND = 0x0123456789ABCDEF, 7
+SEED = bytes(range(16))  # all stores are one engine's
 OUTPUTS = [
     Output("count", window=50),
     Output("sum", 0, window=1000),
@@ -34,7 +35,7 @@ OUTPUTS = [
 
 
 def make(fingerprint=FIRST, **more):
-    return WindowStore(["float64", "string"], OUTPUTS, lateness=20, fingerprint=fingerprint, **more)
+    return WindowStore(["float64", "string"], OUTPUTS, lateness=20, fingerprint=fingerprint, seed=SEED, **more)
 
 
 def apply(store, rng, t, keys=1000):

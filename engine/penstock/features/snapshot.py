@@ -9,6 +9,7 @@ file and offset and never read as data, and a kill or a full disk at any point l
     <folder>/<sequence>/<fingerprint>.delta              the pages that differ from the file before it in the manifest
     <folder>/.tmp-*                                      what was being written or removed; the next write clears it
 
+The pages hold the secret seed of the store's hashes: files are readable by their owner alone.
 A store's state is its base with its deltas laid over it in order. A file is a header page; for a delta the numbers of
 its pages; per page the hash by which the next snapshot finds what changed (ext/page_delta.h); the pages; and CRC32C
 per 1 MiB of all that. Magic, format and the header's checksum stay where they are in every format, so that a newer
@@ -41,6 +42,7 @@ FORMAT = 1
 PAGE = native.PAGE
 BLOCK = 1 << 20  # bytes under one checksum, and the most that is moved at a time
 WRITE_BACK = 8 << 20  # bytes that may wait for the disk
+MAX_BYTES = 1 << 36  # of a store
 MAX_FILES = 16  # of one store; then one delta over the base takes the place of the others
 MAGIC = b"PENSTOCK snapshot\0\0\0"
 HEADER = struct.Struct("<20sIB7xQqQQ16s16s16s")
@@ -85,6 +87,12 @@ class Manifest(msgspec.Struct, frozen=True):
     format: int
     position: SnapshotPosition
     stores: dict[str, StoreState]
+
+
+class _Format(msgspec.Struct):
+    """What every manifest says, of whatever format."""
+
+    format: int
 
 
 class _Checked(msgspec.Struct):
@@ -465,8 +473,25 @@ def _read_manifest(path: Path) -> Manifest:
         raise _Damaged(f"{path}: damaged: {error}") from None
     if f"{native.crc32c(body):08x}" != checked.crc32c:
         raise _Damaged(f"{path}: damaged: checksum mismatch at offset 0")
-    _check_format(path, msgspec.json.decode(body)["format"])
-    return msgspec.json.decode(body, type=Manifest)
+    try:
+        _check_format(path, msgspec.json.decode(body, type=_Format).format)
+        manifest = msgspec.json.decode(body, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise _Damaged(f"{path}: damaged: {error}") from None
+    _check_manifest(path, manifest)
+    return manifest
+
+
+def _check_manifest(path: Path, manifest: Manifest) -> None:
+    """Its numbers and paths: a checksum is no signature."""
+    for fingerprint, state in manifest.stores.items():
+        wrong = not re.fullmatch(r"[0-9a-f]{16}", fingerprint) or not 0 < state.size <= MAX_BYTES or not state.files
+        for file in state.files:
+            name = re.fullmatch(rf"({NAME.pattern})/{re.escape(fingerprint)}\.(base|delta)", file.path)
+            wrong |= name is None or not re.fullmatch(r"[0-9a-f]{32}", file.id)
+            wrong |= not 0 <= file.pages <= -(-state.size // PAGE)
+        if wrong:
+            raise _Damaged(f"{path}: damaged: the files of store {fingerprint} are none that a snapshot has")
 
 
 def _check_format(path: Path, format: int) -> None:
@@ -502,6 +527,7 @@ def _load(
         for fingerprint, state in wanted.items():
             native.commit_load(stores[fingerprint], state.size)
             committed.append(fingerprint)
+        _share_seed(stores, committed)
     except ValueError as error:
         raise (PenstockError if committed else _Damaged)(f"{folder / name}: {error}") from None
     finally:
@@ -515,6 +541,12 @@ def _load(
         skipped=skipped,
         pages=pages,
     )
+
+
+def _share_seed(stores: Mapping[int, WindowStore], loaded: list[int]) -> None:
+    """All stores of an engine hash alike: those that were not loaded take the seed of those that were."""
+    for store in stores.values() if loaded else ():
+        store.reseed(stores[loaded[0]].seed)
 
 
 def _load_store(folder: Path, fingerprint: int, store: WindowStore, state: StoreState, report: _Report) -> StorePages:
