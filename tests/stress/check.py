@@ -45,7 +45,7 @@ class Found:
 
 
 class Checker:
-    def __init__(self, case: Case, most_reads: int = 300, most_cells: int = 20_000) -> None:
+    def __init__(self, case: Case, most_reads: int = 150, most_cells: int = 8_000) -> None:
         self.case = case
         self.app = case.app
         self.definitions = definitions(case.app)
