@@ -33,6 +33,7 @@ C_FILES: dict[str, list[str]] = {
     "http": [],
     "resp": [],
     "loop_lag": [],
+    "signals": [],
     "metrics_text": [],
     "log": ["event_log.c"],
     "history": [],

@@ -38,6 +38,9 @@ cdef extern from "event_record.h" nogil:
         PS_RECORD_HEAD
         PS_RECORD_MOST
         PS_ERASED
+        PS_RECORD_MISFIT
+        PS_MOST_EXPERIMENTS
+        PS_LAST_OUTCOME
 
     uint32_t ps_pad8(uint32_t)
     uint32_t ps_record_fixed(int is_score, uint32_t n_versions, uint32_t n_fields)
@@ -49,3 +52,25 @@ cdef extern from "event_record.h" nogil:
     const ps_slot *ps_record_slots(const ps_record *)
     const uint8_t *ps_record_status(const ps_record *)
     const char *ps_record_strings(const ps_record *)
+
+    ctypedef struct ps_record_schema:
+        uint8_t is_score
+        uint8_t n_versions
+        uint16_t n_fields
+        const uint8_t *types
+        const uint8_t *required
+        uint16_t n_actions
+        uint16_t n_models
+        uint16_t n_failures
+        uint8_t n_reasons
+        uint8_t n_experiments
+        uint8_t n_arms[8]
+
+    ctypedef struct ps_record_schemas:
+        const ps_record_schema *all
+        int n
+        uint64_t prelude
+
+    const char *ps_record_misfit(const ps_record *, uint64_t offset, const ps_record_schemas *, int *field)
+    int64_t ps_record_read(const char *base, uint64_t size, uint64_t offset, uint64_t log_id, uint64_t segment,
+                           const ps_record_schemas *)

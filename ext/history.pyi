@@ -5,6 +5,7 @@ from typing import Any
 
 from .batch import VerdictColumns
 from .core import Core
+from .log import RecordSchemas
 
 class EventMapping:
     def __init__(
@@ -54,6 +55,7 @@ class HistoryRun:
         number: int,
         start: int,
         end: int,
+        schemas: RecordSchemas,
         mappings: list[EventMapping | ScoreMapping | None],
         first_sequence: int = ...,
         last_sequence: int = ...,

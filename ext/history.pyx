@@ -18,10 +18,11 @@ from penstock._ext.decision cimport (
     Decision, OUTCOME_DUPLICATE, OUTCOME_LATE, OUTCOME_QUARANTINED, Verdict, slot_value,
 )
 from penstock._ext.event_record cimport (
-    PS_ERASED, PS_RECORD_EVENT, PS_RECORD_HEAD, PS_RECORD_SCORE, ps_record, ps_record_check, ps_record_slots,
-    ps_record_status, ps_record_strings, ps_record_versions, ps_score,
+    PS_ERASED, PS_RECORD_EVENT, PS_RECORD_HEAD, PS_RECORD_MISFIT, PS_RECORD_SCORE, ps_record, ps_record_read,
+    ps_record_slots, ps_record_status, ps_record_strings, ps_record_versions, ps_score,
 )
 from penstock._ext.events cimport ps_arena_append
+from penstock._ext.log cimport RecordSchemas
 from penstock._ext.windows cimport ps_arena
 from penstock._ext.row cimport (
     PS_AGED, PS_INVALID, PS_NULL_VALUE, PS_PRESENT, PS_STR, PS_STR_LENGTH, PS_STR_OFFSET, PS_STRING, PS_WIDE, ps_slot,
@@ -32,6 +33,7 @@ from penstock._ext.events import TYPE_CODES
 
 cdef enum:
     EXAMPLES = 5              # mismatches kept per feature
+    LAST_ERASED = 63          # bit of the mask of erased fields that stands for this field and all behind it
 
 
 cdef class EventMapping:
@@ -84,7 +86,10 @@ cdef class EventMapping:
 
     cdef int read(self, const ps_record *r, ps_slot *slots, uint8_t *status, ps_arena *arena,
                   uint64_t *erased) noexcept nogil:
-        """A record's values into a row. erased: bit per field whose value was erased. Returns 0, or -1 without memory."""
+        """The values of a record of this schema (ps_record_read) into a row. Returns 0, or -1 without memory.
+
+        erased: bit per field whose value was erased; the fields from LAST_ERASED on share one.
+        """
         cdef const ps_slot *from_slots = ps_record_slots(r)
         cdef const uint8_t *from_status = ps_record_status(r)
         cdef const char *strings = ps_record_strings(r)
@@ -107,10 +112,11 @@ cdef class EventMapping:
                 status[i] = from_status[field]
             if status[i] & PS_ERASED:
                 status[i] &= ~PS_ERASED
-                if i < 64:
-                    erased[0] |= <uint64_t>1 << i
-            if self.types[i] == PS_STRING and status[i] & 7 == PS_PRESENT:
-                if ps_arena_append(arena, strings + PS_STR_OFFSET(slots[i].u), PS_STR_LENGTH(slots[i].u),
+                erased[0] |= <uint64_t>1 << min(i, LAST_ERASED)
+            if self.types[i] == PS_STRING:
+                if status[i] & 7 != PS_PRESENT:
+                    slots[i].u = 0  # never an offset into another row's texts
+                elif ps_arena_append(arena, strings + PS_STR_OFFSET(slots[i].u), PS_STR_LENGTH(slots[i].u),
                                    &slots[i].u) != 0:
                     return -1
         return 0
@@ -213,12 +219,12 @@ cdef class HistoryRun(BatchRun):
 
     # one segment
 
-    def feed(self, const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start, uint64_t end, list mappings,
-             int64_t first_sequence=-(1 << 62), int64_t last_sequence=(1 << 62)):
+    def feed(self, const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start, uint64_t end,
+             RecordSchemas schemas, list mappings, int64_t first_sequence=-(1 << 62), int64_t last_sequence=(1 << 62)):
         """Take the records of a segment from an offset on: to `end`, to the first that does not check, or until the output
-        is full. mappings: per schema number an EventMapping, a ScoreMapping or None (left out).
+        is full. schemas: the segment's; mappings: per schema number an EventMapping, a ScoreMapping or None (left out).
         first_sequence, last_sequence: events and scores outside are passed over.
-        Returns (offset reached, why: "end", "stopped" (a record does not check) or "full").
+        Raises LogError at a record that is not of its schema. Returns (offset reached, why: "end", "stopped" (a record does not check) or "full").
         """
         cdef uint64_t at = start
         cdef int64_t length = 0
@@ -231,8 +237,8 @@ cdef class HistoryRun(BatchRun):
         cdef int n_mappings = len(mappings)
         cdef int i
         cdef bint full = False
-        if n_mappings > 256:
-            raise LogError("more than 256 schemas in one segment")
+        if n_mappings != schemas.n:
+            raise LogError(f"expected {schemas.n} mappings, one per schema, got {n_mappings}")
         if end > <uint64_t>data.shape[0]:
             end = data.shape[0]
         for i, mapping in enumerate(mappings):
@@ -243,7 +249,7 @@ cdef class HistoryRun(BatchRun):
         try:
             with nogil:
                 while at < end:
-                    length = ps_record_check(base, end, at, <uint64_t>log_id, number)
+                    length = ps_record_read(base, end, at, <uint64_t>log_id, number, &schemas.c)
                     if length <= 0:
                         break
                     r = <const ps_record *>(base + at)
@@ -259,7 +265,7 @@ cdef class HistoryRun(BatchRun):
                                 self.expected -= 1
                             break
                         self.events += 1
-                        if r.schema < n_mappings and kinds[r.schema] != NULL and is_event[r.schema]:
+                        if kinds[r.schema] != NULL and is_event[r.schema]:
                             i = self.counts[self.current]
                             if (<EventMapping>kinds[r.schema]).read(
                                     r, self.slots_of[self.current] + i * self.width,
@@ -272,7 +278,7 @@ cdef class HistoryRun(BatchRun):
                                     self.flush()
                     elif r.kind == PS_RECORD_SCORE and r.sequence >= first_sequence and r.sequence <= last_sequence:
                         self.scores += 1
-                        if (r.schema < n_mappings and kinds[r.schema] != NULL and not is_event[r.schema]
+                        if (kinds[r.schema] != NULL and not is_event[r.schema]
                                 and (self.want == 2 or self.restore_ids)):
                             if self.want == 2 and self.capacity and self.written + self.n_pending >= self.capacity:
                                 full = True
@@ -289,6 +295,8 @@ cdef class HistoryRun(BatchRun):
                 self.flush()
         finally:
             self.core.leave()
+        if length == PS_RECORD_MISFIT:
+            raise schemas.refusal(<const ps_record *>(base + at), at)
         return at, "full" if full else "stopped" if at < end else "end"
 
     cdef void place(self, const ps_record *r, int source, uint64_t erased) noexcept nogil:
@@ -499,7 +507,7 @@ cdef class HistoryRun(BatchRun):
                 continue
             counts[5 * i] += 1
             key = mapping.keys[i]
-            if key >= 0 and erased >> key & 1:
+            if key >= 0 and erased >> min(key, LAST_ERASED) & 1:
                 counts[5 * i + 3] += 1
                 continue
             same = was_status[i] & mask == status[slot] & mask

@@ -3,9 +3,10 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from penstock._ext.event_record cimport (
-    PS_ERASED, PS_RECORD_EVENT, PS_RECORD_HEAD, PS_RECORD_MARK, PS_RECORD_MOST, PS_RECORD_SCHEMA,
-    PS_RECORD_SCORE, ps_pad8, ps_record, ps_record_check, ps_record_crc, ps_record_fixed, ps_record_resync,
-    ps_record_seed, ps_record_slots, ps_record_status, ps_record_strings, ps_record_versions, ps_score,
+    PS_ERASED, PS_MOST_EXPERIMENTS, PS_RECORD_EVENT, PS_RECORD_HEAD, PS_RECORD_MARK, PS_RECORD_MISFIT, PS_RECORD_MOST,
+    PS_RECORD_SCHEMA, PS_RECORD_SCORE, ps_pad8, ps_record, ps_record_check, ps_record_crc, ps_record_fixed,
+    ps_record_misfit, ps_record_read, ps_record_resync, ps_record_schema, ps_record_schemas, ps_record_seed,
+    ps_record_slots, ps_record_status, ps_record_strings, ps_record_versions, ps_score,
 )
 
 cdef extern from "event_log.h" nogil:
@@ -97,3 +98,14 @@ cdef class EventLog:
 
     cdef int check_owner(self) except -1
     cdef str why(self, int error)
+
+
+cdef class RecordSchemas:
+    cdef:
+        ps_record_schemas c
+        ps_record_schema *all
+        list keep             # what the schemas point to
+        list fields           # per schema, names of its fields
+        readonly int n
+
+    cdef object refusal(self, const ps_record *r, uint64_t offset)

@@ -62,6 +62,20 @@ class Record(NamedTuple):
     versions: tuple[int, ...]
     body: bytes
 
+class RecordLayout(NamedTuple):
+    is_score: bool
+    fields: list[tuple[str, str, int]]
+    versions: int
+    actions: int = 0
+    models: int = 0
+    failures: int = 0
+    reasons: int = 0
+    arms: tuple[int, ...] = ()
+
+class RecordSchemas:
+    n: int
+    def __init__(self, layouts: list[RecordLayout], prelude: int = 0) -> None: ...
+
 class EventLog:
     log_id: int
     sync_us: int
@@ -99,7 +113,7 @@ class EventLog:
 
 def segment_head(data: Any) -> SegmentHead | None: ...
 def segment_mark(data: Any) -> SegmentMark | None: ...
-def scan(data: Any, log_id: int, number: int, start: int = ...) -> Scan: ...
+def scan(data: Any, log_id: int, number: int, start: int = ..., schemas: RecordSchemas | None = None) -> Scan: ...
 def ingest_times(data: Any, log_id: int, number: int, start: int, end: int) -> bytes: ...
 def resync(data: Any, log_id: int, number: int, start: int) -> int: ...
 def record_at(data: Any, log_id: int, number: int, offset: int) -> Record | None: ...

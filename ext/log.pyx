@@ -18,6 +18,8 @@ from penstock.errors import LogError
 
 from penstock._ext.steps cimport Source
 
+from penstock._ext.events import TYPE_CODES
+
 FORMAT = PS_LOG_FORMAT
 HEAD = PS_SEGMENT_HEAD
 KINDS = {PS_RECORD_SCHEMA: "schema", PS_RECORD_MARK: "mark", PS_RECORD_EVENT: "event", PS_RECORD_SCORE: "score"}
@@ -260,8 +262,71 @@ def segment_mark(const uint8_t[::1] data):
     return SegmentMark(mark.synced, mark.end, mark.last_sequence)
 
 
-def scan(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start=PS_SEGMENT_HEAD):
-    """Check every record from an offset on; stops at the first that was not finished or is damaged."""
+#: A schema as RecordSchemas wants it. fields: (name, type, 0; 1: cannot be null; 2: is the event's time); versions: of an event that was applied, or
+#: of a score; actions, models, failures, reasons: how many words there are; arms: how many per experiment.
+RecordLayout = namedtuple(
+    "RecordLayout", "is_score fields versions actions models failures reasons arms", defaults=(0, 0, 0, 0, ())
+)
+
+
+cdef class RecordSchemas:
+    """What the records of a segment must be like: RecordLayouts by schema number. prelude: the offset at which its
+    schemas and its mark end; 0: only events and scores may be read."""
+
+    def __cinit__(self, list layouts, uint64_t prelude=0):
+        cdef int i, k
+        cdef ps_record_schema *s
+        self.n = len(layouts)
+        self.keep = []
+        self.fields = []
+        if self.n > 256:
+            raise LogError("more than 256 schemas in one segment")
+        self.all = <ps_record_schema *>calloc(self.n + 1, sizeof(ps_record_schema))
+        if self.all == NULL:
+            raise MemoryError()
+        self.c.all = self.all
+        self.c.n = self.n
+        self.c.prelude = prelude
+        for i, layout in enumerate(layouts):
+            s = &self.all[i]
+            types = bytes([TYPE_CODES[type] for _, type, _ in layout.fields] + [0])
+            required = bytes([required for _, _, required in layout.fields] + [0])
+            self.keep.append((types, required))
+            self.fields.append([name for name, _, _ in layout.fields])
+            s.is_score = layout.is_score
+            s.n_versions = layout.versions
+            s.n_fields = len(layout.fields)
+            s.types = <const uint8_t *>PyBytes_AS_STRING(types)
+            s.required = <const uint8_t *>PyBytes_AS_STRING(required)
+            s.n_actions = layout.actions
+            s.n_models = layout.models
+            s.n_failures = layout.failures
+            s.n_reasons = layout.reasons
+            s.n_experiments = len(layout.arms)
+            if s.n_experiments > PS_MOST_EXPERIMENTS:
+                raise LogError(f"more than {PS_MOST_EXPERIMENTS} experiments in one schema")
+            for k in range(s.n_experiments):
+                s.n_arms[k] = layout.arms[k]
+
+    def __dealloc__(self):
+        free(self.all)
+
+    cdef object refusal(self, const ps_record *r, uint64_t offset):
+        """The error for a record that checks, and is not of its schema."""
+        cdef int field = -1
+        cdef const char *found = ps_record_misfit(r, offset, &self.c, &field)
+        what = f"{KINDS[r.kind]} {r.sequence}" if r.kind in (PS_RECORD_EVENT, PS_RECORD_SCORE) else KINDS[r.kind]
+        if field >= 0:
+            what = f"{what}, field {self.fields[r.schema][field]}"
+        why = (<bytes>found).decode() if found != NULL else "it is no record"
+        return LogError(f"at offset {offset}: damaged: {what}: {why} (its checksum holds: it was changed, or written "
+                        "wrongly). Nothing was changed; restore the file from a copy")
+
+
+def scan(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start=PS_SEGMENT_HEAD,
+         RecordSchemas schemas=None):
+    """Check every record from an offset on; stops at the first that was not finished or is damaged. With `schemas` it
+    raises LogError at one that checks, and is not of its schema or is not the event that should follow."""
     cdef uint64_t at = start
     cdef uint64_t size = data.shape[0]
     cdef int64_t length = 0
@@ -273,12 +338,19 @@ def scan(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t star
     base = <const char *>&data[0]
     with nogil:
         while True:
-            length = ps_record_check(base, size, at, <uint64_t>log_id, number)
+            if schemas is None:
+                length = ps_record_check(base, size, at, <uint64_t>log_id, number)
+            else:
+                length = ps_record_read(base, size, at, <uint64_t>log_id, number, &schemas.c)
             if length <= 0:
                 break
             r = <const ps_record *>(base + at)
             records += 1
             if r.kind == PS_RECORD_EVENT:
+                if schemas is not None and events and r.sequence != last + 1:
+                    with gil:
+                        raise LogError(f"at offset {at}: damaged: event {r.sequence} stands where event {last + 1} should. "
+                                       "Nothing was changed; restore the file from a copy")
                 events += 1
                 if first < 0:
                     first = r.sequence
@@ -288,6 +360,8 @@ def scan(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t star
             elif r.kind == PS_RECORD_SCORE:
                 scores += 1
             at += length
+    if length == PS_RECORD_MISFIT:
+        raise schemas.refusal(<const ps_record *>(base + at), at)
     return Scan(at, "damaged" if length < 0 else "end", records, events, scores, first if events else None,
                 last if events else None, ingest if events else None)
 
@@ -329,7 +403,8 @@ def resync(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t st
 
 
 def record_at(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t offset):
-    """The record at an offset, or None where none checks. body: the bytes behind the versions, or all of a schema or mark."""
+    """The record at an offset, or None where none checks. body: the bytes behind its head; versions: those that it has
+    room for."""
     cdef uint64_t size = data.shape[0]
     cdef const char *base
     cdef const ps_record *r
@@ -342,7 +417,9 @@ def record_at(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t
     if length <= 0:
         return None
     r = <const ps_record *>(base + offset)
-    versions = tuple(ps_record_versions(r)[i] for i in range(r.n_versions))
+    versions = ()
+    if ps_record_fixed(r.kind == PS_RECORD_SCORE, r.n_versions, 0) <= r.length:
+        versions = tuple(ps_record_versions(r)[i] for i in range(r.n_versions))
     body = <const char *>(r + 1)
     return Record(offset, length, KINDS[r.kind], r.schema, r.outcome, r.sequence, r.ingest_time, versions,
                   PyBytes_FromStringAndSize(body, length - PS_RECORD_HEAD))

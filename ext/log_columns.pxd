@@ -3,6 +3,7 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 
 from penstock._ext.event_record cimport ps_record
+from penstock._ext.log cimport RecordSchemas
 
 
 cdef class SchemaColumns:
@@ -48,7 +49,7 @@ cdef class SchemaColumns:
 
     cdef bint text_of(self, const ps_record *r, int i, const char **text, int64_t *size) noexcept nogil
     cdef bint canonical(self, const ps_record *r) noexcept nogil
-    cdef int count(self, const ps_record *r) noexcept nogil
+    cdef void count(self, const ps_record *r) noexcept nogil
     cdef void take(self, const ps_record *r, int64_t order) noexcept nogil
     cdef object array(self, str name, int64_t size, str dtype)
     cdef int allocate(self) except -1
@@ -57,6 +58,7 @@ cdef class SchemaColumns:
 cdef class RecordColumns:
     cdef:
         list schemas
+        RecordSchemas checked
         void *found[256]
         int n
         int64_t records

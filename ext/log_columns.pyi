@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from .log import RecordSchemas
+
 CODE_BYTES: int
 SCORE_ID_BYTES: int
 
@@ -15,7 +17,7 @@ class SchemaColumns:
     def columns(self) -> dict[str, Any]: ...
 
 class RecordColumns:
-    def __init__(self, schemas: list[tuple[bool, list[str], int]]) -> None: ...
+    def __init__(self, layouts: list[tuple[bool, list[str], int]], schemas: RecordSchemas) -> None: ...
     def count(self, data: Any, log_id: int, number: int, start: int, end: int) -> int: ...
     def take(self, data: Any, log_id: int, number: int, start: int, end: int) -> int: ...
     def __getitem__(self, i: int) -> SchemaColumns: ...
@@ -32,8 +34,8 @@ def build_records(
     marks: Sequence[int],
     records: int,
     sources: list[tuple[int, Source]],
+    schemas: RecordSchemas,
 ) -> tuple[Any, Any]: ...
-def prelude_end(data: Any, log_id: int, number: int, start: int, end: int) -> int: ...
 def same_records(a: Any, a_at: int, b: Any, b_at: int, b_end: int) -> tuple[int, int]: ...
 def erase_key(
     data: Any,
@@ -41,7 +43,8 @@ def erase_key(
     number: int,
     start: int,
     end: int,
-    schemas: list[tuple[bool, list[str], list[int]]],
+    schemas: RecordSchemas,
+    holders: list[tuple[list[str], list[int]]],
     text: bytes | None,
     integer: int | None,
     new_text: bytes,

@@ -2,7 +2,7 @@
 
 A column holds what a reader of Parquet wants to see; beside it stand the status bytes. What must stay true: the records
 built from columns are the records that the columns were made of, bit for bit. A record that columns alone would not
-give back (text that is no UTF-8, bits behind a null) is kept whole beside its columns.
+give back (bits behind a null, texts out of order) is kept whole beside its columns.
 """
 
 import numpy as np
@@ -14,14 +14,15 @@ from libc.string cimport memcmp, memcpy, memset
 from penstock.errors import LogError
 
 from penstock._ext.event_record cimport (
-    PS_ERASED, PS_RECORD_EVENT, PS_RECORD_HEAD, PS_RECORD_MARK, PS_RECORD_MOST, PS_RECORD_SCHEMA, PS_RECORD_SCORE,
-    ps_pad8, ps_record, ps_record_check, ps_record_crc, ps_record_fixed, ps_record_seed, ps_record_slots,
-    ps_record_status, ps_record_strings, ps_record_versions, ps_score,
+    PS_ERASED, PS_RECORD_EVENT, PS_RECORD_HEAD, PS_RECORD_MARK, PS_RECORD_MISFIT, PS_RECORD_MOST, PS_RECORD_SCHEMA,
+    PS_RECORD_SCORE, ps_pad8, ps_record, ps_record_crc, ps_record_fixed, ps_record_misfit,
+    ps_record_read, ps_record_seed, ps_record_slots, ps_record_status, ps_record_strings, ps_record_versions, ps_score,
 )
 from penstock._ext.row cimport (
     PS_BOOL, PS_FLOAT64, PS_INT64, PS_PRESENT, PS_STR, PS_STR_LENGTH, PS_STR_OFFSET, PS_STRING, PS_WIDE, ps_slot,
 )
 from penstock._ext.decision cimport N_OUTCOMES
+from penstock._ext.log cimport RecordSchemas
 from penstock._ext.steps cimport checked
 
 from penstock._ext.events import TYPE_CODES
@@ -31,48 +32,9 @@ cdef enum:
     CODES = 14                # of a score: action, model, failed (int16 each), arms (int8 x 8)
 
 cdef uint64_t NULL_FLOAT = 0x7ff8000000000000
-cdef uint64_t HIGH_BITS = 0x8080808080808080
 cdef int64_t DAY = 86400000000
 CODE_BYTES = CODES
 SCORE_ID_BYTES = ID_BYTES
-
-
-cdef bint is_utf8(const char *text, int64_t n) noexcept nogil:
-    """Whether bytes are UTF-8 as RFC 3629 has it: no overlong forms, no surrogates."""
-    cdef const uint8_t *p = <const uint8_t *>text
-    cdef const uint8_t *end = p + n
-    cdef uint64_t word
-    cdef uint8_t c
-    while p < end:
-        if end - p >= 8:
-            memcpy(&word, p, 8)
-            if not word & HIGH_BITS:
-                p += 8
-                continue
-        c = p[0]
-        if c < 0x80:
-            p += 1
-        elif c < 0xc2:
-            return False
-        elif c < 0xe0:
-            if end - p < 2 or p[1] & 0xc0 != 0x80:
-                return False
-            p += 2
-        elif c < 0xf0:
-            if end - p < 3 or p[1] & 0xc0 != 0x80 or p[2] & 0xc0 != 0x80:
-                return False
-            if (c == 0xe0 and p[1] < 0xa0) or (c == 0xed and p[1] >= 0xa0):
-                return False
-            p += 3
-        elif c < 0xf5:
-            if end - p < 4 or p[1] & 0xc0 != 0x80 or p[2] & 0xc0 != 0x80 or p[3] & 0xc0 != 0x80:
-                return False
-            if (c == 0xf0 and p[1] < 0x90) or (c == 0xf4 and p[1] >= 0x90):
-                return False
-            p += 4
-        else:
-            return False
-    return True
 
 
 cdef bint is_zero(const char *p, int64_t n) noexcept nogil:
@@ -115,16 +77,13 @@ cdef class SchemaColumns:
         free(self.text_at)
 
     cdef bint text_of(self, const ps_record *r, int i, const char **text, int64_t *size) noexcept nogil:
-        """The text of a string field that is present and can be shown as text."""
+        """The text of a string field that is present."""
         cdef uint64_t u = ps_record_slots(r)[i].u
-        cdef uint32_t room = r.length - ps_record_fixed(self.is_score, r.n_versions, r.n_fields)
         if ps_record_status(r)[i] & 7 != PS_PRESENT:
-            return False
-        if PS_STR_OFFSET(u) > room or PS_STR_LENGTH(u) > room - PS_STR_OFFSET(u):
             return False
         text[0] = ps_record_strings(r) + PS_STR_OFFSET(u)
         size[0] = PS_STR_LENGTH(u)
-        return is_utf8(text[0], size[0])
+        return True
 
     cdef bint canonical(self, const ps_record *r) noexcept nogil:
         """Whether the columns give the record back."""
@@ -167,15 +126,11 @@ cdef class SchemaColumns:
                     return False
         return True
 
-    cdef int count(self, const ps_record *r) noexcept nogil:
-        """One more row. -1 where the record is not of this schema."""
+    cdef void count(self, const ps_record *r) noexcept nogil:
+        """One more row, of a record of this schema (ps_record_read)."""
         cdef const char *text
         cdef int64_t size
         cdef int i
-        if r.n_fields != self.n or (r.kind == PS_RECORD_SCORE) != self.is_score:
-            return -1
-        if r.length < ps_record_fixed(self.is_score, r.n_versions, r.n_fields):
-            return -1
         self.rows += 1
         self.versions += r.n_versions
         for i in range(self.n):
@@ -187,7 +142,6 @@ cdef class SchemaColumns:
         if not self.canonical(r):
             self.raws += 1
             self.raw_bytes += r.length - 8
-        return 0
 
     cdef object array(self, str name, int64_t size, str dtype):
         made = self.arrays[name] = np.empty(size, dtype=dtype)
@@ -304,15 +258,17 @@ cdef class SchemaColumns:
 cdef class RecordColumns:
     """The event and score records of some segments with the same schemas. First count() every segment, then take() it.
 
-    schemas: per schema number (is it a score's, names of the fields' types, index of the event time).
+    layouts: per schema number (is it a score's, names of the fields' types, index of the event time). schemas: what the
+    records must be like, the same schemas, without a prelude.
     """
 
-    def __cinit__(self, list schemas):
+    def __cinit__(self, list layouts, RecordSchemas schemas):
         cdef int i
-        if len(schemas) > 256:
-            raise LogError("more than 256 schemas in one segment")
-        self.schemas = [SchemaColumns(*schema) for schema in schemas]
-        self.n = len(schemas)
+        if len(layouts) != schemas.n:
+            raise LogError(f"expected {schemas.n} layouts, one per schema, got {len(layouts)}")
+        self.checked = schemas
+        self.schemas = [SchemaColumns(*layout) for layout in layouts]
+        self.n = len(layouts)
         for i in range(self.n):
             self.found[i] = <void *>self.schemas[i]
 
@@ -335,12 +291,11 @@ cdef class RecordColumns:
         cdef uint64_t at = start
         cdef int64_t length = 0
         cdef int64_t before = self.records
-        cdef int wrong = 0
         cdef const char *base
         cdef const ps_record *r
         cdef SchemaColumns schema
         if end > <uint64_t>data.shape[0]:
-            raise LogError(f"segment {number} at offset {data.shape[0]}: cut short")
+            raise LogError(f"at offset {data.shape[0]}: cut short")
         if start >= end:
             return 0
         base = <const char *>&data[0]
@@ -350,24 +305,19 @@ cdef class RecordColumns:
                 if take:
                     length = r.length
                 else:
-                    length = ps_record_check(base, end, at, <uint64_t>log_id, number)
+                    length = ps_record_read(base, end, at, <uint64_t>log_id, number, &self.checked.c)
                     if length <= 0:
                         break
-                if r.kind == PS_RECORD_EVENT or r.kind == PS_RECORD_SCORE:
-                    if r.schema >= self.n:
-                        wrong = 1
-                        break
-                    if take:
-                        (<SchemaColumns>self.found[r.schema]).take(r, self.records)
-                    elif (<SchemaColumns>self.found[r.schema]).count(r) != 0:
-                        wrong = 1
-                        break
-                    self.records += 1
+                if take:
+                    (<SchemaColumns>self.found[r.schema]).take(r, self.records)
+                else:
+                    (<SchemaColumns>self.found[r.schema]).count(r)
+                self.records += 1
                 at += length
-        if wrong:
-            raise LogError(f"segment {number} at offset {at}: the record is not of its schema")
+        if length == PS_RECORD_MISFIT:
+            raise self.checked.refusal(<const ps_record *>(base + at), at)
         if at < end:
-            raise LogError(f"segment {number} at offset {at}: a record does not check")
+            raise LogError(f"at offset {at}: a record does not check")
         return self.records - before
 
     def __getitem__(self, int i):
@@ -501,12 +451,13 @@ cdef class Source(SchemaColumns):
 
 
 def build_records(int64_t log_id, uint64_t number, int64_t first_sequence, uint64_t start, list prelude, marks,
-                  int64_t records, list sources):
+                  int64_t records, list sources, RecordSchemas schemas):
     """Columns as checked records again, as they would lie in segment `number` from offset `start` on.
 
     prelude: bodies of the schema records; marks: int64 watermarks; sources: (schema number, Source), each record's
-    order is 0 to records - 1. Returns (bytes as a uint8 array, offsets of the records, one more than there are).
-    Raises LogError where columns are missing or contradict each other.
+    order is 0 to records - 1. schemas: what the records must be like, without a prelude.
+    Returns (bytes as a uint8 array, offsets of the records, one more than there are).
+    Raises LogError where columns are missing or contradict each other, or a record is not of its schema.
     """
     cdef int64_t i, order, length, row
     cdef uint64_t at
@@ -515,7 +466,10 @@ def build_records(int64_t log_id, uint64_t number, int64_t first_sequence, uint6
     cdef uint16_t schema
     cdef Source source
     cdef ps_record *r
-    cdef int n_sources = len(sources)
+    cdef int n_sources = len(sources), field = -1
+    there = sum((<Source>one).rows for _, one in sources)
+    if there != records:
+        raise LogError(f"there are {there} records, expected {records}")
     offsets_of = np.zeros(records + 1, dtype=np.int64)
     which_of = np.zeros(max(records, 1), dtype=np.int32)
     row_of = np.zeros(max(records, 1), dtype=np.int64)
@@ -585,6 +539,11 @@ def build_records(int64_t log_id, uint64_t number, int64_t first_sequence, uint6
                 wrong = 1
                 break
             close(r, size, log_id, number, offsets[i])
+            if ps_record_misfit(r, offsets[i], &schemas.c, &field) != NULL:
+                wrong = 2
+                break
+    if wrong == 2:
+        raise LogError(f"record {i} of the batch, {schemas.refusal(r, offsets[i])}")
     if wrong:
         raise LogError(f"record {i} of the batch: its columns contradict each other")
     return data_of, offsets_of
@@ -593,22 +552,6 @@ def build_records(int64_t log_id, uint64_t number, int64_t first_sequence, uint6
 cdef void close(ps_record *r, uint32_t length, int64_t log_id, uint64_t number, uint64_t offset) noexcept nogil:
     r.length = length
     r.crc = ps_record_crc(r, length, ps_record_seed(<uint64_t>log_id, number, offset))
-
-
-def prelude_end(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start, uint64_t end):
-    """The offset behind the schemas and the mark that a segment begins with."""
-    cdef uint64_t at = start
-    cdef int64_t length
-    cdef const ps_record *r
-    while at < end:
-        length = ps_record_check(<const char *>&data[0], end, at, <uint64_t>log_id, number)
-        if length <= 0:
-            break
-        r = <const ps_record *>(&data[at])
-        if r.kind != PS_RECORD_SCHEMA and r.kind != PS_RECORD_MARK:
-            break
-        at += length
-    return at
 
 
 def same_records(const uint8_t[::1] a, uint64_t a_at, const uint8_t[::1] b, uint64_t b_at, uint64_t b_end):
@@ -635,19 +578,6 @@ def same_records(const uint8_t[::1] a, uint64_t a_at, const uint8_t[::1] b, uint
 # ---- erasure
 
 
-cdef bint has_its_strings(const ps_record *r, const uint8_t *types) noexcept nogil:
-    """Whether every string of a record lies within it."""
-    cdef uint32_t room = r.length - ps_record_fixed(r.kind == PS_RECORD_SCORE, r.n_versions, r.n_fields)
-    cdef uint64_t u
-    cdef int i
-    for i in range(r.n_fields):
-        u = ps_record_slots(r)[i].u
-        if types[i] == PS_STRING and ps_record_status(r)[i] & 7 == PS_PRESENT:
-            if PS_STR_OFFSET(u) > room or PS_STR_LENGTH(u) > room - PS_STR_OFFSET(u):
-                return False
-    return True
-
-
 cdef bint is_key(const ps_record *r, int i, uint8_t type, const uint8_t[::1] text, bint has_integer,
                  int64_t integer) noexcept nogil:
     cdef const ps_slot *slots = ps_record_slots(r)
@@ -661,18 +591,19 @@ cdef bint is_key(const ps_record *r, int i, uint8_t type, const uint8_t[::1] tex
     return type == PS_INT64 and has_integer and slots[i].i == integer
 
 
-def erase_key(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start, uint64_t end, list schemas,
-              text, integer, bytes new_text, int64_t new_integer):
+def erase_key(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start, uint64_t end,
+              RecordSchemas schemas, list holders, text, integer, bytes new_text, int64_t new_integer):
     """Records from `start` to `end` with one key replaced by another and flagged.
 
-    schemas: per schema number (is it a score's, names of the fields' types, indices of fields that may hold the key).
+    schemas: what the records must be like; holders: per schema number (names of the fields' types, indices of fields
+    that may hold the key).
     text, integer: the key as a string field and as an integer field has it; None: no field of that type can hold it.
     Returns (the records as bytes that begin at offset `start`, events changed, scores changed); (None, 0, 0) where no
-    record has the key. Every record gets a checksum for its new place. Raises LogError at one that does not check.
+    record has the key. Every record gets a checksum for its new place. Raises LogError at one that does not check or is not of its schema.
     """
     cdef uint64_t at = start, to
     cdef int64_t length = 0, events = 0, scores = 0, more = 0
-    cdef int i, k, n, hits, n_schemas = len(schemas)
+    cdef int i, k, n, hits, n_schemas = len(holders)
     cdef const ps_record *r
     cdef ps_record *w
     cdef const uint8_t *types
@@ -688,22 +619,18 @@ def erase_key(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t
     cdef const uint8_t[::1] key_text = text
     cdef const uint8_t[::1] put_text = new_text
     cdef uint32_t put_size = <uint32_t>len(new_text)
-    if n_schemas > 256:
-        raise LogError("more than 256 schemas in one segment")
+    if n_schemas != schemas.n:
+        raise LogError(f"expected {schemas.n} schemas, got {n_schemas}")
     cdef const uint8_t *types_of[256]
     cdef const uint8_t *marked_of[256]
-    cdef int width[256]
-    cdef uint8_t score_of[256]
     keep = []
     for k in range(n_schemas):
-        is_score, names, fields = schemas[k]
+        names, fields = holders[k]
         codes = bytes(TYPE_CODES[name] for name in names) + b"\0"
         marked = bytes(i in fields for i in range(len(names))) + b"\0"
         keep += [codes, marked]
         types_of[k] = <const uint8_t *><const char *>codes
         marked_of[k] = <const uint8_t *><const char *>marked
-        width[k] = len(names)
-        score_of[k] = is_score
     if end > <uint64_t>data.shape[0]:
         end = data.shape[0]
     if start >= end:
@@ -712,17 +639,11 @@ def erase_key(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t
     cdef int wrong = 0
     with nogil:
         while at < end:
-            length = ps_record_check(base, end, at, <uint64_t>log_id, number)
+            length = ps_record_read(base, end, at, <uint64_t>log_id, number, &schemas.c)
             if length <= 0:
                 break
             r = <const ps_record *>(base + at)
             if r.kind == PS_RECORD_EVENT or r.kind == PS_RECORD_SCORE:
-                if (r.schema >= n_schemas or r.n_fields != width[r.schema]
-                        or (r.kind == PS_RECORD_SCORE) != score_of[r.schema]
-                        or r.length < ps_record_fixed(r.kind == PS_RECORD_SCORE, r.n_versions, r.n_fields)
-                        or not has_its_strings(r, types_of[r.schema])):
-                    wrong = 1
-                    break
                 hits = 0
                 for i in range(r.n_fields):
                     if marked_of[r.schema][i] and is_key(r, i, types_of[r.schema][i], key_text, has_integer, key):
@@ -734,9 +655,10 @@ def erase_key(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t
                     else:
                         scores += 1
             at += length
+    if length == PS_RECORD_MISFIT:
+        raise schemas.refusal(<const ps_record *>(base + at), at)
     if at < end:
-        raise LogError(f"segment {number} at offset {at}: " + ("the record is not of its schema" if wrong else
-                                                               "a record does not check"))
+        raise LogError(f"at offset {at}: a record does not check")
     if not events and not scores:
         return None, 0, 0
     made = np.zeros(end - start + more, dtype=np.uint8)
@@ -790,5 +712,5 @@ def erase_key(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t
             at += r.length
             to += size
     if wrong:
-        raise LogError(f"segment {number} at offset {at}: the record would be larger than a record may be")
+        raise LogError(f"at offset {at}: the record would be larger than a record may be")
     return made[:to], events, scores

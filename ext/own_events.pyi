@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .history import EventMapping
+from .log import RecordSchemas
 
 class Look:
     source: int
@@ -38,6 +39,7 @@ class SpineSearch:
         number: int,
         start: int,
         end: int,
+        schemas: RecordSchemas,
         mappings: list[EventMapping | None],
         times: list[int],
         last_sequence: int,

@@ -15,9 +15,10 @@ from penstock.errors import LogError
 
 from penstock._ext.decision cimport OUTCOME_DUPLICATE
 from penstock._ext.event_record cimport (
-    PS_RECORD_EVENT, ps_record, ps_record_check, ps_record_slots, ps_record_status, ps_record_strings,
+    PS_RECORD_EVENT, PS_RECORD_MISFIT, ps_record, ps_record_read, ps_record_slots, ps_record_status, ps_record_strings,
 )
 from penstock._ext.history cimport EventMapping
+from penstock._ext.log cimport RecordSchemas
 from penstock._ext.row cimport PS_FLOAT64, PS_PRESENT, PS_STR_LENGTH, PS_STR_OFFSET, PS_STRING, ps_slot
 from penstock._ext.steps cimport checked
 
@@ -352,15 +353,15 @@ cdef class SpineSearch:
         if self.bounds == NULL:
             self.n_bounded = self.rows
 
-    def feed(self, const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start, uint64_t end, list mappings,
-             list times, int64_t last_sequence, int64_t most):
+    def feed(self, const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start, uint64_t end,
+             RecordSchemas schemas, list mappings, list times, int64_t last_sequence, int64_t most):
         """Take the records of a piece of the log, as SpineRun.feed. times: per schema number the field with the event time.
 
-        Returns (offset reached, why): "end", "stopped" (a record does not check), "some" (there is more), "done" (nothing
+        Raises LogError at a record that is not of its schema. Returns (offset reached, why): "end", "stopped" (a record does not check), "some" (there is more), "done" (nothing
         is open any more).
         """
         cdef uint64_t at = start
-        cdef int64_t length, row, mine
+        cdef int64_t length = 0, row, mine
         cdef const char *base = <const char *>&data[0] if data.shape[0] else NULL
         cdef const ps_record *r
         cdef void *kinds[256]
@@ -371,8 +372,10 @@ cdef class SpineSearch:
         cdef int64_t until = self.seen + most, when
         cdef EventMapping mapping
         cdef bint done = False
-        if n_mappings > 256 or n_looks > 256:
-            raise LogError("more than 256 schemas in one segment")
+        if n_mappings != schemas.n:
+            raise LogError(f"expected {schemas.n} mappings, one per schema, got {n_mappings}")
+        if n_looks > 256:
+            raise LogError("more than 256 ways to tell a row's event")
         if end > <uint64_t>data.shape[0]:
             end = data.shape[0]
         for i, one in enumerate(mappings):
@@ -385,7 +388,7 @@ cdef class SpineSearch:
                 if self.n_waiting == 0 and self.n_bounded == self.rows:
                     done = True
                     break
-                length = ps_record_check(base, end, at, <uint64_t>log_id, number)
+                length = ps_record_read(base, end, at, <uint64_t>log_id, number, &schemas.c)
                 if length <= 0:
                     break
                 r = <const ps_record *>(base + at)
@@ -406,7 +409,7 @@ cdef class SpineSearch:
                 while self.n_bounded < self.rows and self.times[self.order[self.n_bounded]] < self.newest_ingest:
                     self.bounds[self.order[self.n_bounded]] = r.sequence
                     self.n_bounded += 1
-                if r.schema >= n_mappings or kinds[r.schema] == NULL:
+                if kinds[r.schema] == NULL:
                     continue
                 when = ps_record_slots(r)[time_of[r.schema]].i if time_of[r.schema] >= 0 else NEVER
                 if when < self.earliest:
@@ -427,6 +430,8 @@ cdef class SpineSearch:
                         self.n_waiting -= 1
         if done:
             return at, "done"
+        if length == PS_RECORD_MISFIT:
+            raise schemas.refusal(<const ps_record *>(base + at), at)
         if self.seen >= until and at < end:
             return at, "some"
         return at, "stopped" if at < end else "end"

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from .core import Core
 from .events import ColumnSet, EventReader
 from .history import EventMapping
+from .log import RecordSchemas
 from .steps import Source
 from .windows import WindowStore
 
@@ -50,6 +51,7 @@ class SpineRun:
         number: int,
         start: int,
         end: int,
+        schemas: RecordSchemas,
         mappings: list[EventMapping | None],
         last_sequence: int,
         most: int,

@@ -19,9 +19,10 @@ from penstock.errors import EngineError, LogError
 
 from penstock._ext.core cimport Core
 from penstock._ext.decision cimport OUTCOME_APPLIED, OUTCOME_DUPLICATE, slot_value
-from penstock._ext.event_record cimport PS_RECORD_EVENT, ps_record, ps_record_check
+from penstock._ext.event_record cimport PS_RECORD_EVENT, PS_RECORD_MISFIT, ps_record, ps_record_read
 from penstock._ext.events cimport ColumnSet, EventReader, ps_arena_append
 from penstock._ext.history cimport EventMapping
+from penstock._ext.log cimport RecordSchemas
 from penstock._ext.row cimport (
     PS_AGED, PS_FLOAT64, PS_INVALID, PS_NULL_VALUE, PS_OUTSIDE_MAX_AGE, PS_PRESENT, PS_STR, PS_STR_LENGTH, PS_STR_OFFSET, ps_slot,
 )
@@ -204,13 +205,13 @@ cdef class SpineRun:
                 self.core.prepare_keys(&self.key, 1, self.slots, &self.arena, &self.keys)
                 self.hashes[i] = self.key_hash()
 
-    def feed(self, const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start, uint64_t end, list mappings,
-             int64_t last_sequence, int64_t most):
-        """Take the records of a piece of the log from an offset on, `most` events of it. mappings: per schema number an
-        EventMapping, or None where it is not the source's.
+    def feed(self, const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t start, uint64_t end,
+             RecordSchemas schemas, list mappings, int64_t last_sequence, int64_t most):
+        """Take the records of a piece of the log from an offset on, `most` events of it. schemas: the piece's;
+        mappings: per schema number an EventMapping, or None where it is not the source's.
 
-        Returns (offset reached, why): "end", "stopped" (a record does not check), "some" (there is more), "done" (no row
-        waits), "large" (the budget is too small).
+        Raises LogError at a record that is not of its schema. Returns (offset reached, why): "end", "stopped" (a record
+        does not check), "some" (there is more), "done" (no row waits), "large" (the budget is too small).
         """
         cdef uint64_t at = start
         cdef int64_t length = 0
@@ -221,8 +222,8 @@ cdef class SpineRun:
         cdef int i, code = 0
         cdef int64_t until = self.events + most, first
         cdef bint here
-        if n_mappings > 256:
-            raise LogError("more than 256 schemas in one segment")
+        if n_mappings != schemas.n:
+            raise LogError(f"expected {schemas.n} mappings, one per schema, got {n_mappings}")
         if end > <uint64_t>data.shape[0]:
             end = data.shape[0]
         for i, mapping in enumerate(mappings):
@@ -231,7 +232,7 @@ cdef class SpineRun:
             while at < end and code == 0:
                 if self.events >= until:
                     break
-                length = ps_record_check(base, end, at, <uint64_t>log_id, number)
+                length = ps_record_read(base, end, at, <uint64_t>log_id, number, &schemas.c)
                 if length <= 0:
                     break
                 r = <const ps_record *>(base + at)
@@ -263,6 +264,8 @@ cdef class SpineRun:
             return at, "large"
         if code != 0:
             raise EngineError("out of memory while reading the log")
+        if length == PS_RECORD_MISFIT:
+            raise schemas.refusal(<const ps_record *>(base + at), at)
         if self.next_row == self.n_rows:
             return at, "done"
         if self.events >= until and at < end:

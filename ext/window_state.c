@@ -2522,6 +2522,27 @@ static int store_load_is_unfit(const ps_store *S) {
     return head && head->magic == MAGIC && head->format == 1 && S->format_1_unfit;
 }
 
+static int within(const map_t *m, uint64_t ref, uint64_t units) { return ref && ref <= m->bump && units <= m->bump - ref; }
+
+static int table_within(const map_t *m, const table_t *t) {
+    if (t->low < FIRST_BUCKETS || t->low & (t->low - 1) || t->buckets < t->low || t->buckets >= 2 * t->low) return 0;
+    for (int s = 0; s < MAX_SEGMENTS; s++) {
+        uint64_t first = s ? (uint64_t)FIRST_BUCKETS << (s - 1) : 0, n = s ? first : FIRST_BUCKETS;
+        if (!t->segment[s] && first >= t->buckets) continue;
+        if (!within(m, t->segment[s], n * sizeof(node_t) / UNIT)) return 0;
+    }
+    return t->buckets <= (uint64_t)FIRST_BUCKETS << (MAX_SEGMENTS - 1);
+}
+
+/* Whether what the head of a state leads to lies within it. A checksum is no signature; but what is found there in turn
+ * (chains, blobs, chunks) is believed. */
+static int head_within(const ps_store *S, const map_t *m) {
+    if (!within(m, m->empty, S->blob_units) || m->free_units > m->bump) return 0;
+    for (int c = 0; c < N_CLASSES; c++)
+        if (m->free_list[c] && !within(m, m->free_list[c], class_size(c))) return 0;
+    return table_within(m, &m->entities) && table_within(m, &m->strings);
+}
+
 static int store_commit_load(ps_store *S, uint64_t size) {
     const map_t *head = (const map_t *)S->loading;
     int error = PS_STORE_OK;
@@ -2530,7 +2551,8 @@ static int store_commit_load(ps_store *S, uint64_t size) {
     else if (store_load_is_unfit(S)) error = PS_STORE_DUMP_UNFIT;
     else if (head->fingerprint != S->fingerprint || head->blob_bytes != S->blob_units * UNIT)
         error = PS_STORE_DUMP_FINGERPRINT;
-    else if (head->bump * UNIT != size) error = PS_STORE_DUMP_SIZE;
+    else if (size % UNIT || head->bump != size / UNIT) error = PS_STORE_DUMP_SIZE;
+    else if (!head_within(S, head)) error = PS_STORE_DUMP_HEAD;
     if (error) {
         store_cancel_load(S);
         return error;
@@ -2637,6 +2659,7 @@ const char *ps_store_error_text(int code) {
     case PS_STORE_DUMP_FORMAT: return "not a dump of window state, or of another format version";
     case PS_STORE_DUMP_UNFIT: return "the dump is of format 1, which could damage state of this layout; build it anew";
     case PS_STORE_DUMP_FINGERPRINT: return "the dump was made with another layout";
+    case PS_STORE_DUMP_HEAD: return "the dump is damaged: its head points outside of it";
     case PS_STORE_DUMP_SIZE: return "the dump is cut short or too long";
     default: return "unknown error";
     }

@@ -138,6 +138,7 @@ enum ps_store_error {
     PS_STORE_DUMP_UNFIT,
     PS_STORE_DUMP_FINGERPRINT,
     PS_STORE_DUMP_SIZE,
+    PS_STORE_DUMP_HEAD,
 };
 
 typedef struct {

@@ -336,7 +336,7 @@ class Engine:
                 if watermark is None or first >= watermark - self.plan.events[source].options.lateness:
                     continue
                 raise PenstockError(
-                    f"replay: the first {name} is of {Timestamp(first).isoformat()}, but this engine has had a {source} "
+                    f"replay: the first {name} is of {Timestamp(first).isoformat()}, but this engine has had {source} "
                     f"of {Timestamp(watermark).isoformat()} already, and keeps state for the lateness of {source} back "
                     "from there. Give all of history to one replay, which merges it by time, or take a new engine"
                 )

@@ -99,3 +99,38 @@ def test_every_setting_has_help(capsys):
     shown = capsys.readouterr().out
     for name in ServerConfig.__struct_fields__:
         assert name == "limits" or "--" + name.replace("_", "-") in shown
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("PENSTOCK_PORT", "tcp://10.0.0.1:8000"),
+        ("PENSTOCK_RESP_PORT", "tcp://10.0.0.1:6379"),  # of a Service penstock-resp
+        ("PENSTOCK_SERVICE_HOST", "10.0.0.1"),
+        ("PENSTOCK_SERVICE_PORT", "8000"),
+        ("PENSTOCK_SERVICE_PORT_HTTP", "8000"),
+        ("PENSTOCK_PORT_8000_TCP", "tcp://10.0.0.1:8000"),
+        ("PENSTOCK_PORT_8000_TCP_ADDR", "10.0.0.1"),
+        ("PENSTOCK_PORT_9000_UDP_PROTO", "udp"),
+        ("PENSTOCK_CANARY_SERVICE_HOST", "10.0.0.1"),
+        ("PENSTOCK_CANARY_SERVICE_PORT_GRPC", "9000"),
+        ("PENSTOCK_CANARY_PORT", "tcp://10.0.0.1:8000"),
+        ("PENSTOCK_CANARY_PORT_8000_TCP_PORT", "8000"),
+    ],
+)
+def test_what_kubernetes_sets_for_a_service_is_left_out(tmp_path, capsys, variable, value):
+    config = load_config({}, {variable: value, "PENSTOCK_MAX_BODY": "100"}, tmp_path / "none.toml")
+    assert (config.port, config.resp_port, config.max_body) == (8000, None, 100)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert f"warning: left out, as Kubernetes sets them for a Service: {variable};" in said[0]
+
+
+def test_all_that_kubernetes_sets_is_one_warning(tmp_path, capsys):
+    variables = {"PENSTOCK_SERVICE_HOST": "10.0.0.1", "PENSTOCK_PORT": "tcp://10.0.0.1:8000"}
+    assert load_config({"port": 1}, variables, tmp_path / "none.toml").port == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "PENSTOCK_PORT, PENSTOCK_SERVICE_HOST;" in said[0]
+    assert load_config({}, {"PENSTOCK_PORT": "81"}, tmp_path / "none.toml").port == 81
+    assert capsys.readouterr().err == ""

@@ -189,6 +189,79 @@ def test_a_second_signal_ends_at_once(start):
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
+        assert server.process.poll() is None  # it drains
         code, _, _ = server.end()
-        assert code == 0
+        assert code == 128 + signal.SIGTERM
         assert time.monotonic() - began < 3
+
+
+HELD_UP = """
+import time
+from penstock import Event, Pipeline, Timestamp, on_demand_feature_view
+
+class Order(Event):
+    customer: str
+    amount: float
+    at: Timestamp
+
+@on_demand_feature_view(mode="python")
+def slow(amount: float) -> float:
+    time.sleep(amount)
+    return amount
+
+orders = Pipeline("orders", event=Order, features=[slow])
+"""
+
+
+def test_a_second_signal_ends_a_server_whose_loop_is_held_up(start, tmp_path):
+    (tmp_path / "app.py").write_text(HELD_UP)
+    server = start("--port", "0", app=tmp_path / "app.py")
+    port = server.url()
+    body = b'{"customer": "c", "amount": 60, "at": "2026-01-01T00:00:00Z"}'
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"POST /v1/score/orders HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert server.process.poll() is None
+        began = time.monotonic()
+        code, _, _ = server.end()
+        assert code == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 3
+
+
+def test_a_terminal_that_closes_does_not_end_it(start, wire):
+    server = start("--port", "0")
+    port = server.url()
+    server.process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(wire.request("/v1/score/fraud", wire.transaction(customer="c")))
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 OK")
+    code, _, err = server.end()
+    assert (code, err) == (0, "")
+
+
+def test_signals_mean_what_they_meant_once_it_has_ended(tmp_path):
+    """penstock.serve in a program that goes on: Ctrl-C raises KeyboardInterrupt again, SIGTERM ends it."""
+    code = (
+        "import os, signal, threading\n"
+        "from penstock.server import serve\n"
+        "def stop():\n"
+        "    import time\n"
+        "    while signal.getsignal(signal.SIGTERM) != signal.SIG_IGN: time.sleep(0.01)\n"
+        "    time.sleep(0.2); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "threading.Thread(target=stop, daemon=True).start()\n"
+        "print(serve(None, models='.', port=0))\n"
+        "names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)\n"
+        "print([signal.getsignal(n) for n in names] == [signal.SIG_DFL, signal.default_int_handler, signal.SIG_DFL])\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(1)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PENSTOCK_")} | {"PYTHONPATH": str(ENGINE)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60
+    )
+    assert found.stdout.splitlines()[-3:] == ["0", "True", "interrupted"], found.stderr

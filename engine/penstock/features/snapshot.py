@@ -432,15 +432,21 @@ def load_snapshot(
     Raises PenstockError for a snapshot of a newer format, and MemoryError where a store may not grow so large.
     """
     reasons: list[str] = [] if skipped is None else skipped
-    for name in [path.name] if path is not None else list(_names(folder)):
+    tried: set[str] = set()
+    while True:
+        # Looked for anew each time: another process may have written a newer one and removed those seen before.
+        name = path.name if path is not None else next((n for n in _names(folder) if n not in tried), None)
+        if name is None:
+            return None
+        tried.add(name)
         try:
             manifest = _read_manifest((path or folder / name) / "manifest.json")
             return _load(folder if path is None else path.parent, name, manifest, stores, reasons, progress)
         except (_Damaged, OSError) as error:
             if path is not None:
                 raise PenstockError(f"snapshot {error}") from error
-            reasons.append(str(error))
-    return None
+            if (folder / name).exists():
+                reasons.append(str(error))
 
 
 def _names(folder: Path) -> Iterator[str]:

@@ -33,8 +33,8 @@ from .._ext.decision import OUTCOMES
 from .._ext.snapshot import crc32c
 from ..errors import LogError, PenstockError
 from ..tables import pyarrow
-from .log_folder import LogFolder, write_whole
-from .schemas import EventSchema, ScoreSchema, read_schema
+from .log_folder import LogFolder, located, write_whole
+from .schemas import EventSchema, ScoreSchema, check_schemas, read_schema, record_schemas
 
 __all__ = [
     "Batch",
@@ -118,6 +118,30 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
     def read_schemas(self) -> list[Schema]:
         return [read_schema(text.encode()) for text in self.schemas]
+
+    def check(self) -> None:
+        """Raises LogError where the manifest contradicts itself: nothing in it points outside of it."""
+        schemas = self.read_schemas()
+        check_schemas(schemas)
+        wrong = None
+        if not self.segments:
+            wrong = "it has no segments"
+        elif any(not 0 <= file.schema < len(schemas) or file.rows < 0 for file in self.files):
+            wrong = f"a file is of no schema of {len(schemas)}"
+        elif sum(file.rows for file in self.files) != self.records:
+            wrong = f"its files do not have {self.records} records"
+        first, number = 0, self.segments[0].number if self.segments else 0
+        events = sum(isinstance(schema, EventSchema) for schema in schemas)
+        for segment in self.segments:
+            if wrong is None and (segment.first_record, segment.number) != (first, number):
+                wrong = f"segment {segment.number} does not stand behind the one before it"
+            if wrong is None and (segment.records < 0 or len(segment.marks) != events):
+                wrong = f"segment {segment.number} has {segment.records} records and {len(segment.marks)} watermarks"
+            first, number = first + segment.records, number + 1
+        if wrong is None and first != self.records:
+            wrong = f"its segments do not have {self.records} records"
+        if wrong is not None:
+            raise LogError(wrong)
 
 
 class _Checked(msgspec.Struct):
@@ -340,6 +364,10 @@ class BatchStore:
             raise LogError(f"{path}: damaged: {error}") from None
         if batch.log_id != self.log_id:
             raise LogError(f"{path}: this batch is of another log ({batch.log_id}, not {self.log_id})")
+        try:
+            batch.check()
+        except LogError as error:
+            raise LogError(f"{path}: damaged: {error}; restore it from a copy") from None
         return batch
 
     def put_batch(self, batch: Batch) -> None:
@@ -678,7 +706,7 @@ def records_from_batch(store: BatchStore, batch: Batch, check: bool = True) -> R
             raise LogError(
                 f"{store}/{file.path}: missing; events {batch.first_sequence} to {batch.last_sequence}"
             ) from None
-        except (KeyError, ValueError, NotImplementedError) as error:  # ArrowInvalid is a ValueError
+        except (LookupError, ValueError, TypeError, AttributeError, NotImplementedError) as error:  # also Arrow's
             raise LogError(f"{store}/{file.path}: is not what was written: {error}") from None
         is_score, types, time = _layout(schema)
         try:
@@ -696,8 +724,9 @@ def records_from_batch(store: BatchStore, batch: Batch, check: bool = True) -> R
             batch.segments[0].marks,
             batch.records,
             sources,
+            record_schemas(schemas),
         )
-    except LogError as error:
+    except (LogError, MemoryError) as error:
         raise LogError(f"{store}: batch {batch.name}: {error}") from None
     if check and crc32c(data) != batch.crc32c:
         raise LogError(
@@ -708,8 +737,9 @@ def records_from_batch(store: BatchStore, batch: Batch, check: bool = True) -> R
 
 
 class Part(msgspec.Struct, eq=False):
-    """Records to be compacted that lie together: a segment. start: behind its prelude."""
+    """Records to be compacted that lie together: a segment, or a batch. start: behind its prelude."""
 
+    path: Path | str
     data: Any
     log_id: int
     number: int
@@ -723,8 +753,13 @@ def write_batch(store: BatchStore, draft: Batch, parts: list[Part], begin: Calla
     draft: the manifest but for what is found out here. begin: called before the first file is written.
     """
     schemas = draft.read_schemas()
-    columns = log_columns.RecordColumns(schema_layouts(schemas))
-    records = [columns.count(p.data, p.log_id, p.number, p.start, p.end) for p in parts]
+    columns = log_columns.RecordColumns(schema_layouts(schemas), record_schemas(schemas))
+    records = []
+    for part in parts:
+        try:
+            records.append(columns.count(part.data, part.log_id, part.number, part.start, part.end))
+        except LogError as error:
+            raise located(part.path, error) from None
     for part in parts:
         columns.take(part.data, part.log_id, part.number, part.start, part.end)
     if begin is not None:

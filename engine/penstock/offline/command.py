@@ -210,7 +210,7 @@ def _log(arguments: list[str]) -> int:
 
 
 def _log_status(given: Any) -> None:
-    from .history import History
+    from .history import History, look_again
     from .log_folder import LogFolder
 
     folder = LogFolder(given.folder)
@@ -228,21 +228,19 @@ def _log_status(given: Any) -> None:
         batches = [[b.name, f"{b.events:,}", f"{b.records:,}", f"{len(b.segments)}"] for b in history.batches]
         print(f"{table(['batch in Parquet', 'events', 'records', 'segments'], batches)}\n")
     print(table(["segment", "bytes", "first event", "last event"], rows) if rows else "no segments")
-    snapshots = (
-        sorted(p for p in folder.snapshots_path.glob("*") if p.name[0] != ".") if folder.snapshots_path.is_dir() else []
-    )
+    snapshots = look_again(lambda: _snapshots(folder.snapshots_path))
     if snapshots:
         print()
-        print(
-            table(
-                ["snapshot of event", "bytes"],
-                [[str(int(p.name[:20])), f"{sum(f.stat().st_size for f in p.iterdir()):,}"] for p in snapshots],
-            )
-        )
+        print(table(["snapshot of event", "bytes"], snapshots))
+
+
+def _snapshots(path: Path) -> list[list[str]]:
+    """The event and the bytes of each snapshot, oldest first."""
+    found = sorted(p for p in path.glob("[0-9]*") if p.is_dir())
+    return [[str(int(p.name[:20])), f"{sum(f.stat().st_size for f in p.iterdir()):,}"] for p in found]
 
 
 def _log_verify(given: Any) -> int:
-    from .batches import records_from_batch
     from .history import History
     from .log_folder import LogFolder
 
@@ -265,9 +263,9 @@ def _log_verify(given: Any) -> int:
     history = History(folder)
     try:
         history.check()
-        for batch in history.batches:
-            records_from_batch(history.store, batch)
-            rows.append([f"batch {batch.name}", "", "ok"])
+        for name, problem in history.check_batches():
+            rows.append([f"batch {name}", "", "ok" if problem is None else str(problem)])
+            wrong += problem is not None
     except PenstockError as error:
         rows.append(["", "", str(error)])
         wrong += 1

@@ -16,8 +16,6 @@ from typing import Any
 
 import msgspec
 
-from .._ext import log as native
-from .._ext import log_columns
 from ..errors import LogError
 from .batches import FORMAT, Batch, BatchSegment, BatchStore, Part, unavailable, write_batch
 from .log_folder import LogFolder, Segment
@@ -86,7 +84,7 @@ def compact(
         raise LogError(
             f"{folder.segments_path}: segment {behind + 1:012d}.log is missing behind batch {batches[-1].name}"
         )
-    total = sum(folder.segment_path(number).stat().st_size for number in todo)
+    total = folder.bytes_of(todo)
     names = {batch.name for batch in batches}
     for segments in _groups(folder, todo, batch_bytes):
         try:
@@ -129,14 +127,17 @@ def writing(folder: LogFolder) -> Iterator[None]:
 def _groups(folder: LogFolder, numbers: list[int], batch_bytes: int) -> Iterator[list[Segment]]:
     """Closed segments that go together: with the same schemas, of at most so many bytes. The caller closes them."""
     group: list[Segment] = []
-    prelude: bytes | None = None
+    prelude: list[bytes] | None = None
     size = 0
     for number in numbers:
-        segment = folder.segment(number)
+        try:
+            segment = folder.segment(number)
+        except FileNotFoundError:
+            break  # a start has set it aside, behind a power cut's hole
         if segment.sealed_end is None or segment.head is None or segment.size < segment.sealed_end:
             segment.close()
             break  # its end is still being written, or is damaged: recovery will say
-        mine = _schemas(segment)
+        mine = segment.prelude().texts
         if group and (mine != prelude or size + segment.size > batch_bytes):
             yield group
             group, size = [], 0
@@ -145,23 +146,6 @@ def _groups(folder: LogFolder, numbers: list[int], batch_bytes: int) -> Iterator
         size += segment.size
     if group:
         yield group
-
-
-def _schemas(segment: Segment) -> bytes:
-    return b"\n".join(text for text, _ in _prelude(segment) if text is not None)
-
-
-def _prelude(segment: Segment) -> Iterator[tuple[bytes | None, list[int]]]:
-    """The schema texts that a segment begins with, then (None, the watermarks)."""
-    at = segment.start
-    while (record := native.record_at(segment.data, segment.log_id, segment.number, at)) is not None:
-        if record.kind == "schema":
-            yield record.body.rstrip(b" "), []
-        elif record.kind == "mark":
-            yield None, memoryview(record.body).cast("q").tolist()
-        else:
-            return
-        at += record.length
 
 
 def _write(folder: LogFolder, store: BatchStore, segments: list[Segment], names: set[str]) -> Batch:
@@ -174,14 +158,12 @@ def _write(folder: LogFolder, store: BatchStore, segments: list[Segment], names:
         scan = segment.scan()
         if scan.end != end:
             raise LogError(f"{segment.path} at offset {scan.end}: a record does not check; it was not compacted")
-        start = log_columns.prelude_end(segment.data, segment.log_id, segment.number, segment.start, end)
-        parts.append(Part(segment.data, segment.log_id, segment.number, start, end))
-        prelude = list(_prelude(segment))
-        schemas = [text.decode() for text, _ in prelude if text is not None]
-        marks = next((marks for text, marks in prelude if text is None), [])
+        prelude = segment.prelude()
+        parts.append(Part(segment.path, segment.data, segment.log_id, segment.number, prelude.end, end))
+        schemas = [text.decode() for text in prelude.texts]
         first = segment.head.first_sequence
         last = scan.last_sequence if scan.events else first - 1
-        entries.append(BatchSegment(segment.number, first, last, 0, 0, marks))
+        entries.append(BatchSegment(segment.number, first, last, 0, 0, prelude.marks))
         scans.append(scan)
     times = [scan.last_ingest_time for scan in scans if scan.last_ingest_time is not None]
     first, last = entries[0].first_sequence, entries[-1].last_sequence

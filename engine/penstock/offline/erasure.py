@@ -27,8 +27,8 @@ from .batches import Batch, BatchStore, Part, records_from_batch, write_batch
 from .compaction import clear_leftovers, writing
 from .history import History
 from .keeper import one_round
-from .log_folder import LogFolder, Segment
-from .schemas import EventSchema, ScoreSchema
+from .log_folder import LogFolder, Segment, located
+from .schemas import EventSchema, ScoreSchema, record_schemas
 
 __all__ = ["ErasureReport", "erase", "erase_closed"]
 
@@ -120,7 +120,7 @@ class _Key:
     def tombstone(self) -> str:
         return self.new_text.decode() if self.text is not None else str(self.new_integer)
 
-    def layouts(self, schemas: list[Schema], copies: dict[str, set[str]]) -> list[tuple[bool, list[str], list[int]]]:
+    def holders(self, schemas: list[Schema], copies: dict[str, set[str]]) -> list[tuple[list[str], list[int]]]:
         """Schemas as log_columns.erase_key wants them: which fields may hold the key. copies: names of features that
         are values of such a field, per event type."""
         found = []
@@ -131,7 +131,7 @@ class _Key:
             else:
                 names, types = [name for name, _ in schema.values], [kind for _, kind in schema.values]
                 wanted = self.fields.get(schema.event, set()).union(*copies.values())
-            found.append((isinstance(schema, ScoreSchema), types, [i for i, n in enumerate(names) if n in wanted]))
+            found.append((types, [i for i, n in enumerate(names) if n in wanted]))
         return found
 
 
@@ -229,13 +229,15 @@ def _erase_segment(
     segment = _sealed(folder, number)
     try:
         end = segment.sealed_end or 0
+        prelude = segment.prelude()
         made, events, scores = log_columns.erase_key(
             segment.data,
             segment.log_id,
             number,
             segment.start,
             end,
-            key.layouts(segment.schemas(), copies),
+            record_schemas(prelude.schemas, prelude.end),
+            key.holders(prelude.schemas, copies),
             key.text,
             key.integer,
             key.new_text,
@@ -249,7 +251,7 @@ def _erase_segment(
         out[segment.start :] = memoryview(made)
         native.put_sealed(out, len(out), segment.mark.last_sequence)
     except LogError as error:
-        raise LogError(f"{segment.path}: {error}; nothing of it was changed") from None
+        raise located(segment.path, error) from None
     finally:
         segment.close()
     temporary = folder.segments_path / f"spare-erase-{number}"  # removed at the next start if this is killed
@@ -283,13 +285,15 @@ def _erase_batch(
     """A batch: its files are written anew under other names, then the manifest names them, then the old ones go."""
     records = records_from_batch(store, batch)
     start = int(records.offsets[0])
+    schemas = batch.read_schemas()
     made, events, scores = log_columns.erase_key(
         records.data,
         batch.log_id,
         batch.number,
         start,
         records.end,
-        key.layouts(batch.read_schemas(), copies),
+        record_schemas(schemas),
+        key.holders(schemas, copies),
         key.text,
         key.integer,
         key.new_text,
@@ -302,7 +306,8 @@ def _erase_batch(
     data[start:] = memoryview(made)
     draft = msgspec.structs.replace(batch, generation=batch.generation + 1)
     with writing(folder):
-        write_batch(store, draft, [Part(data, batch.log_id, batch.number, start, len(data))])
+        part = Part(f"{store}: batch {batch.name}", data, batch.log_id, batch.number, start, len(data))
+        write_batch(store, draft, [part])
         store.remove(file.path for file in batch.files)
     report.batches += 1
     if not any(folder.segment_path(segment.number).exists() for segment in batch.segments):

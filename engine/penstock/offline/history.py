@@ -1,27 +1,50 @@
 """History (control path): compacted Parquet, then segments, as pieces of records in order of sequence.
 
 What must stay true: whoever replays reads the same records from either form, each event once; a piece ends where its
-segment can be read to; and where history has a hole, that is an error that names the events.
+segment can be read to; and where history has a hole, that is an error that names the events. Compaction, erasure and
+retention may work on the folder meanwhile, also during a start: whoever finds a file gone looks again here
+(look_again), and nowhere else.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import LogError
 from .batches import Batch, BatchStore, Records, records_from_batch
 from .log_folder import Damage, LogFolder, Segment
-from .schemas import EventSchema, ScoreSchema
+from .schemas import EventSchema, ScoreSchema, record_schemas
 
-__all__ = ["History", "Piece"]
+__all__ = ["History", "Piece", "look_again"]
 
-LOOKS = 5  # at a folder that is compacted meanwhile
+LOOKS = 8  # at a folder that is worked on meanwhile
+PAUSE = 0.02  # seconds before the second look, twice as long before each further one
+
+T = TypeVar("T")
+
+
+class _Gone(Exception):
+    """What was seen at one look was no longer there when it was read; the text says what."""
+
+
+def look_again(look: Callable[[], T]) -> T:
+    """Look at a folder until nothing that was seen has gone meanwhile. Raises what the last look raised."""
+    for turn in range(LOOKS):
+        try:
+            return look()
+        except (FileNotFoundError, _Gone) as error:
+            if turn == LOOKS - 1:
+                raise LogError(f"{error}; it was looked for {LOOKS} times") from None
+            time.sleep(PAUSE * 2**turn)
+    raise AssertionError
 
 
 class Piece:
-    """Records that lie together: a segment, or a compacted batch as records again."""
+    """Records that lie together: a segment, or a compacted batch as records again. records: what they must be like;
+    prelude: the offset where the schemas and the mark end."""
 
     def __init__(
         self,
@@ -32,7 +55,9 @@ class Piece:
         start: int,
         end: int,
         schemas: list[EventSchema | ScoreSchema],
+        prelude: int,
     ) -> None:
+        self.records = record_schemas(schemas, prelude)
         self.path = path
         self.data = data
         self.log_id = log_id
@@ -58,6 +83,7 @@ class _Known:
         last_ingest_time: int | None,
         starts: list[tuple[int, dict[str, int]]],
         schemas: list[EventSchema | ScoreSchema],
+        prelude: int = 0,
         end: int = 0,
         batch: Batch | None = None,
     ) -> None:
@@ -69,6 +95,7 @@ class _Known:
         self.starts = starts
         self.marks = starts[0][1]
         self.schemas = schemas
+        self.prelude = prelude
         self.end = end
         self.batch = batch
 
@@ -76,6 +103,7 @@ class _Known:
     def of_segment(number: int, segment: Segment, end: int, scan: Any) -> _Known:
         first = segment.head.first_sequence if segment.head is not None else scan.first_sequence
         last = segment.mark.last_sequence if segment.mark is not None else None
+        prelude = segment.prelude()
         return _Known(
             number,
             number,
@@ -83,7 +111,8 @@ class _Known:
             scan.last_sequence if scan is not None else last,
             scan.last_ingest_time if scan is not None else None,
             [(first or 0, segment.watermarks())],
-            segment.schemas(),
+            prelude.schemas,
+            prelude.end,
             end,
         )
 
@@ -129,19 +158,14 @@ class History:
 
         Raises LogError where records that can be read follow ones that cannot, or events are missing.
         """
-        for look in range(LOOKS):
-            try:
-                return self._check()
-            except FileNotFoundError:
-                if look == LOOKS - 1:
-                    raise
-        raise AssertionError
+        return look_again(self._check)
 
     def _check(self) -> list[Damage]:
         damages: list[Damage] = []
         # The segments first: one that is compacted and removed meanwhile is then in a batch that is seen.
+        begins = self.folder.begins()
         numbers = self.folder.numbers()
-        batches = [_Known.of_batch(batch) for batch in self.store.batches()]
+        batches = [_Known.of_batch(batch) for batch in self._batches()]
         compacted = max((batch.last_number for batch in batches), default=-1)
         self.known, self.beyond = [], []
         self.last_ingest_time = 0
@@ -187,9 +211,10 @@ class History:
                     if before.last is not None and after.first
                     else ""
                 )
-                raise LogError(
+                raise self._gone(
+                    begins,
                     f"{self.folder.segments_path}: segment {before.last_number + 1:012d}.log is missing "
-                    f"({missing}between {self._called(before)} and {self._called(after)})"
+                    f"({missing}between {self._called(before)} and {self._called(after)})",
                 )
         times = [known.last_ingest_time for known in self.known if known.last_ingest_time is not None]
         self.last_ingest_time = max(times, default=0)
@@ -202,11 +227,27 @@ class History:
             self.first_sequence = (self.known[0].first or 0) if self.last_sequence >= 0 else -1
             self.last_number = self.known[-1].last_number
         if self.first_sequence > self.folder.begins():
-            raise LogError(
+            raise self._gone(
+                begins,
                 f"{self.folder.segments_path}: events {self.folder.begins()} to {self.first_sequence - 1} are missing: "
-                f"history begins with {self._called(self.known[0])}"
+                f"history begins with {self._called(self.known[0])}",
             )
         return damages
+
+    def _gone(self, begins: int, text: str) -> Exception:
+        """What a hole in history means: one that retention made during this look, or events that are missing."""
+        return _Gone(text) if self.folder.begins() != begins else LogError(text)
+
+    def _batches(self) -> list[Batch]:
+        """The batches as of now, wherever they are kept by now."""
+        begins = self.folder.begins()
+        store = BatchStore.of(self.folder)
+        if store.uri != self.store.uri:
+            self.store = store
+        try:
+            return self.store.batches()
+        except LogError as error:
+            raise self._gone(begins, str(error)) from None
 
     def _called(self, known: _Known) -> str:
         return f"batch {known.batch.name} of {self.store}" if known.batch is not None else f"{known.number:012d}.log"
@@ -216,10 +257,14 @@ class History:
 
         Returns the numbers of segments behind a power cut's hole: their files are kept as `N.log.cut`.
         """
+        compacted = -1
         for known in self.known:
-            if known.batch is not None:
+            if known.batch is not None or known.number <= compacted:
                 continue
-            segment = self.folder.segment(known.number)
+            segment = self._opened(known)
+            if isinstance(segment, Batch):
+                compacted = segment.segments[-1].number  # only what is sealed is compacted
+                continue
             sealed = segment.sealed_end
             open_end = sealed is None or segment.size != sealed or known.end < sealed
             segment.close()
@@ -242,40 +287,93 @@ class History:
                 continue
             if known.first is not None and known.first > last:
                 return
-            if known.batch is not None:
-                records = records_from_batch(self.store, known.batch)
-                yield self._piece(known.batch, records, records.start, records.end)
-                del records
+            segment: Segment | None = None
+            if compacted is None or known.number > compacted[0].segments[-1].number:
+                compacted = None
+                found = known.batch if known.batch is not None else self._opened(known)
+                if isinstance(found, Batch):
+                    compacted = self._read(known, found)
+                else:
+                    segment = found
+            if compacted is not None:
+                yield self._piece(known, *compacted)
                 continue
-            try:
-                segment = self.folder.segment(known.number)
-            except FileNotFoundError:
-                # Compacted since check(): its records out of its batch.
-                if compacted is None or known.number > compacted[0].segments[-1].number:
-                    batch = self._batch_with(known.number)
-                    compacted = batch, records_from_batch(self.store, batch)
-                batch, records = compacted
-                entry = next(s for s in batch.segments if s.number == known.number)
-                start = int(records.offsets[entry.first_record])
-                yield self._piece(batch, records, start, int(records.offsets[entry.first_record + entry.records]))
-                continue
-            compacted = None
+            assert segment is not None
             try:
                 yield Piece(
-                    segment.path, segment.data, segment.log_id, known.number, segment.start, known.end, known.schemas
+                    segment.path,
+                    segment.data,
+                    segment.log_id,
+                    known.number,
+                    segment.start,
+                    known.end,
+                    known.schemas,
+                    known.prelude,
                 )
             finally:
                 segment.close()
 
-    def _piece(self, batch: Batch, records: Records, start: int, end: int) -> Piece:
-        path = f"{self.store}/batches/{batch.name}.json"
-        return Piece(path, records.data, batch.log_id, batch.number, start, end, batch.read_schemas())
+    def _opened(self, known: _Known) -> Segment | Batch:
+        """What check() saw, as it is now: a segment may have become part of a batch. Raises LogError where it is
+        neither: retention has dropped it, or its file was lost."""
 
-    def _batch_with(self, number: int) -> Batch:
-        for batch in self.store.batches():
-            if batch.number <= number <= batch.segments[-1].number:
-                return batch
-        raise LogError(f"{self.folder.segment_path(number)}: the segment was removed while history was read")
+        def look() -> Segment | Batch:
+            if known.batch is None:
+                try:
+                    return self.folder.segment(known.number)
+                except FileNotFoundError:
+                    pass
+            for batch in self._batches():
+                if batch.number <= known.number and known.last_number <= batch.segments[-1].number:
+                    return batch
+            begins = self.folder.begins()
+            if known.last is not None and known.last < begins:
+                raise LogError(
+                    f"{self.folder.path}: the events before {begins} were dropped (retention) while history was read, "
+                    f"{self._called(known)} with them; begin again"
+                )
+            raise _Gone(f"{self._called(known)}: was removed while history was read")
+
+        found: Segment | Batch = look_again(look)
+        return found
+
+    def _read(self, known: _Known, batch: Batch) -> tuple[Batch, Records]:
+        """A batch, or what it has become: erasure writes batches anew."""
+
+        def look() -> tuple[Batch, Records]:
+            nonlocal batch
+            try:
+                return batch, records_from_batch(self.store, batch)
+            except LogError as error:
+                now = self._opened(known)
+                if not isinstance(now, Batch) or now.files == batch.files:
+                    raise
+                batch = now
+                raise _Gone(str(error)) from None
+
+        return look_again(look)
+
+    def check_batches(self) -> Iterator[tuple[str, LogError | None]]:
+        """Read every batch: its name, and what is wrong with it."""
+        for known in self.known:
+            if known.batch is not None:
+                try:
+                    self._read(known, known.batch)
+                except LogError as error:
+                    yield known.batch.name, error
+                else:
+                    yield known.batch.name, None
+
+    def _piece(self, known: _Known, batch: Batch, records: Records) -> Piece:
+        """A batch as a whole, or the part of it that was one segment."""
+        path = f"{self.store}/batches/{batch.name}.json"
+        start, end = records.start, records.end
+        if known.batch is None:
+            entry = next(s for s in batch.segments if s.number == known.number)
+            start = int(records.offsets[entry.first_record])
+            end = int(records.offsets[entry.first_record + entry.records])
+        prelude = int(records.offsets[0])
+        return Piece(path, records.data, batch.log_id, batch.number, start, end, batch.read_schemas(), prelude)
 
     def watermarks(self) -> dict[str, int]:
         """Watermarks where the last segment begins."""

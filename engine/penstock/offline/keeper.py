@@ -3,7 +3,7 @@
 It reads the log folder as it grows and never asks the serving process for anything, so scoring is not held up: a
 snapshot is the one before plus the log's tail, replayed here. Each round runs in a process of its own, which gives its
 memory back. What must stay true: a round that is killed at any point leaves the folder as it was, or better; the keeper
-ends when its parent does.
+and its round end when its parent does (children.py), so that a new server's keeper has the folder for itself.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ..children import end_with_parent, parent_arguments, parent_lives
 from ..errors import LogError, PenstockError
 from .options import LogOptions
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Keeper", "main", "one_round", "start_keeper", "take_snapshot"]
 
 LOOK_EVERY = 1.0  # seconds between two looks at the folder
+ROUND_LOOK_EVERY = 0.2  # seconds between two looks at a round
 MOST_OFTEN = 30.0  # seconds between two rounds
 RETRY = 60.0  # seconds after a round that failed
 AT_LEAST = 600.0  # seconds after which a closed segment is worth a round
@@ -44,7 +46,7 @@ class Keeper:
         self.process = process
 
     def stop(self, timeout: float = 2.0) -> None:
-        """End the keeper; a round that does not finish in time is ended with it, and leaves nothing behind."""
+        """End the keeper; a round under way is ended with it, and leaves nothing behind."""
         if self.process.stdin is not None:
             with contextlib.suppress(OSError):
                 self.process.stdin.close()
@@ -63,7 +65,7 @@ class Keeper:
 def start_keeper(folder: LogFolder, options: LogOptions) -> Keeper:
     """Start the keeper of a folder that this process has open for writing."""
     command = [sys.executable, "-m", "penstock.offline.keeper", str(folder.path.resolve())]
-    command += ["--options", msgspec.json.encode(options).decode()]
+    command += ["--options", msgspec.json.encode(options).decode(), *parent_arguments()]
     source = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
@@ -197,18 +199,22 @@ def _used(path: Path, number: int) -> int:
     return mark.synced if mark is not None else 0
 
 
-def _watch(path: Path, options: LogOptions) -> None:
+def _has_ended(parent: int, seconds: float) -> bool:
+    """Wait so long; whether the parent has ended, or has closed our standard input for us to end."""
+    ready, _, _ = select.select([sys.stdin], [], [], seconds)
+    return bool(ready) or not parent_lives(parent)  # a forked child of the parent may still hold the pipe
+
+
+def _watch(path: Path, options: LogOptions, parent: int) -> None:
     """Look at the folder until the parent ends; start a round when the log has grown enough, or a segment was closed.
 
     A round that fails is tried again after a while.
     """
-    parent = os.getppid()
     last_number, last_bytes = None, 0
     grown, closed = 0, False
     next_round = 0.0
     while True:
-        ready, _, _ = select.select([sys.stdin], [], [], LOOK_EVERY)
-        if ready or os.getppid() != parent:  # a forked child of the parent may still hold the pipe
+        if _has_ended(parent, LOOK_EVERY):
             return
         now = time.monotonic()
         try:
@@ -220,6 +226,8 @@ def _watch(path: Path, options: LogOptions) -> None:
                 last_number, last_bytes = number, used
                 next_round = now
                 closed_since = now
+        except FileNotFoundError:
+            continue  # somebody else compacts: look again
         except OSError as error:
             if now >= next_round:
                 print(f"penstock: warning: keeper: {error}", file=sys.stderr, flush=True)
@@ -232,13 +240,22 @@ def _watch(path: Path, options: LogOptions) -> None:
         if now < next_round or not (grown >= options.snapshot_bytes or (closed and now - closed_since >= AT_LEAST)):
             continue
         command = [sys.executable, "-m", "penstock.offline.keeper", str(path), "--once"]
-        command += ["--options", msgspec.json.encode(options).decode()]
-        result = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
-        if result.returncode == 0:
+        command += ["--options", msgspec.json.encode(options).decode(), *parent_arguments()]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while True:
+            try:
+                _, said = process.communicate(timeout=ROUND_LOOK_EVERY)
+                break
+            except subprocess.TimeoutExpired:
+                if _has_ended(parent, 0):
+                    process.kill()
+                    process.wait()
+                    return
+        if process.returncode == 0:
             grown, closed = 0, False
             next_round = time.monotonic() + MOST_OFTEN
         else:
-            reason = result.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
+            reason = said.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
             print(f"penstock: warning: keeper: {reason[0]}", file=sys.stderr, flush=True)
             next_round = time.monotonic() + RETRY
 
@@ -249,14 +266,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--options", default="{}")
     parser.add_argument("--once", action="store_true")
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--parent-thread-lasts", action="store_true")
     given = parser.parse_args(arguments)
+    end_with_parent(given.parent, given.parent_thread_lasts)
     options = msgspec.json.decode(given.options, type=LogOptions)
     with contextlib.suppress(OSError):
         # Only where nothing else wants the core: a server that shares it does not wait for a slice of ours. That holds
         # within one session: another one would have a share of its own.
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     if not given.once:
-        _watch(given.folder, options)
+        _watch(given.folder, options, given.parent)
         return 0
     try:
         round_of(given.folder, options)

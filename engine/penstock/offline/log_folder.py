@@ -8,8 +8,9 @@
     DIR/snapshots/          state as of a sequence (features/snapshot.py)
     DIR/parquet/            compacted history, unless it is kept elsewhere (compaction.py)
 
-What must stay true: nothing damaged is read as data. A segment is read up to the first record that does not check;
-where readable records follow, reading on would leave out events: refused, with file, offset and how many follow.
+What must stay true: nothing damaged is read as data, and no record that is not what its schema says. A segment is read
+up to the first record that does not check; where readable records follow, reading on would leave out events: refused,
+with file, offset and how many follow.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ import msgspec
 from .._ext import log as native
 from ..errors import LogError
 from ..features.snapshot import sync_folder
-from .schemas import EventSchema, ScoreSchema, read_schema
+from .schemas import EventSchema, ScoreSchema, check_schemas, read_schema, record_schemas
 
-__all__ = ["Damage", "LogFolder", "Segment", "readable_records", "write_whole"]
+__all__ = ["Damage", "LogFolder", "Prelude", "Segment", "located", "readable_records", "write_whole"]
 
 FORMAT = native.FORMAT
 BLOCK = 512  # what a disk writes whole
@@ -75,6 +76,22 @@ class Damage(msgspec.Struct, frozen=True, kw_only=True):
         }[self.kind]
         follow = f"; {self.following} readable records follow" if self.following else ""
         return f"{self.path} at offset {self.offset}: {what} ({self.bytes} bytes){follow}"
+
+
+class Prelude(msgspec.Struct, frozen=True):
+    """What a segment begins with: its schemas by number, as text and as read, and the watermark of each of its event
+    types (empty: the mark was not written yet). end: the offset behind it."""
+
+    texts: list[bytes]
+    schemas: list[EventSchema | ScoreSchema]
+    marks: list[int]
+    end: int
+
+
+def located(path: Path | str, error: LogError) -> LogError:
+    """An error about a segment or a batch, with its path."""
+    text = str(error)
+    return LogError(f"{path} {text}" if text.startswith("at offset ") else f"{path}: {text}")
 
 
 class Segment:
@@ -147,36 +164,55 @@ class Segment:
         return True
 
     def scan(self, start: int | None = None) -> Any:
-        """Check the records from an offset on (native.Scan)."""
-        return native.scan(self.data, self.log_id, self.number, self.start if start is None else start)
+        """Check the records from an offset on (native.Scan), each against its schema. Raises LogError."""
+        prelude = self.prelude()
+        known = record_schemas(prelude.schemas, prelude.end)
+        try:
+            return native.scan(self.data, self.log_id, self.number, self.start if start is None else start, known)
+        except LogError as error:
+            raise located(self.path, error) from None
+
+    def prelude(self) -> Prelude:
+        """What the segment begins with, as far as it can be read. Raises LogError where it is not what a log writes."""
+        texts: list[bytes] = []
+        schemas: list[EventSchema | ScoreSchema] = []
+        marks: list[int] = []
+        at = self.start
+        try:
+            while (record := native.record_at(self.data, self.log_id, self.number, at)) is not None:
+                if record.kind == "schema":
+                    if record.schema != len(schemas):
+                        raise LogError(f"schema {record.schema} stands where schema {len(schemas)} should")
+                    texts.append(record.body.rstrip(b" "))
+                    schemas.append(read_schema(record.body))
+                elif record.kind == "mark":
+                    marks = memoryview(record.body).cast("q").tolist()
+                    events = sum(isinstance(schema, EventSchema) for schema in schemas)
+                    if len(marks) != events:
+                        raise LogError(f"there are {len(marks)} watermarks for {events} event types")
+                    at += record.length
+                    break
+                elif schemas:
+                    raise LogError("a record stands before the mark that ends the schemas")
+                else:
+                    break
+                at += record.length
+            check_schemas(schemas)
+        except LogError as error:
+            raise LogError(
+                f"{self.path} at offset {at}: damaged: {error}. Nothing was changed; restore the file from a copy"
+            ) from None
+        return Prelude(texts, schemas, marks, at)
 
     def schemas(self) -> list[EventSchema | ScoreSchema]:
         """The schemas at the segment's start, by number."""
-        found: list[EventSchema | ScoreSchema] = []
-        at = self.start
-        while (record := native.record_at(self.data, self.log_id, self.number, at)) is not None:
-            if record.kind != "schema":
-                break
-            found.append(read_schema(record.body))
-            at += record.length
-        return found
+        return self.prelude().schemas
 
     def watermarks(self) -> dict[str, int]:
         """Watermark of each event type where the segment begins; types without one are left out."""
-        at = self.start
-        names: list[str] = []
-        while (record := native.record_at(self.data, self.log_id, self.number, at)) is not None:
-            if record.kind == "schema":
-                schema = read_schema(record.body)
-                if isinstance(schema, EventSchema):
-                    names.append(schema.name)
-            elif record.kind == "mark":
-                values = memoryview(record.body).cast("q").tolist()
-                return {n: v for n, v in zip(names, values) if v > -(1 << 61)}
-            else:
-                break
-            at += record.length
-        return {}
+        prelude = self.prelude()
+        names = [schema.name for schema in prelude.schemas if isinstance(schema, EventSchema)]
+        return {n: v for n, v in zip(names, prelude.marks) if v > -(1 << 61)}
 
     def following(self, start: int) -> tuple[int, int]:
         """(offset of the first record that checks behind `start`, how many records check from there on)."""
@@ -285,6 +321,14 @@ class LogFolder:
 
     def segment_path(self, number: int) -> Path:
         return self.segments_path / f"{number:012d}.log"
+
+    def bytes_of(self, numbers: list[int]) -> int:
+        """Bytes of some segments together; one that is gone has none."""
+        total = 0
+        for number in numbers:
+            with contextlib.suppress(FileNotFoundError):
+                total += self.segment_path(number).stat().st_size
+        return total
 
     def numbers(self) -> list[int]:
         """Numbers of the segments that are there, oldest first."""

@@ -18,8 +18,8 @@ class LogOptions(msgspec.Struct, frozen=True, kw_only=True):
     length (calls do not wait; a power cut loses at most that much), "never" (the kernel decides).
     scores: share of the entities, by key hash, whose scores are logged: 1.0 all, 0 none.
     start_cold: layouts that no snapshot holds start empty instead of being rebuilt from history.
-    start_partial: layouts that no snapshot holds are rebuilt from what retention left of history, though they need more:
-        what cannot be known is INVALID, windows until they have refilled, Lifetime for ever.
+    start_partial: layouts that no snapshot holds are rebuilt from what retention left of history, though they need
+        more: what cannot be known is INVALID, windows until they have refilled, Lifetime for ever.
     segment_bytes: size of a log file. segment_seconds: a file is closed after so long although it is not full.
     keeper: a child process takes snapshots and compacts while the engine runs.
     snapshot_bytes: of log between two snapshots.

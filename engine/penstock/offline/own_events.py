@@ -19,6 +19,7 @@ from ..errors import EventError, LogError, PenstockError
 from ..plan import EventPlan
 from ..tables import cast_column, one_array, pyarrow, sound_column
 from .history import History
+from .log_folder import located
 from .schemas import EventSchema, event_mapping
 
 if TYPE_CHECKING:
@@ -113,10 +114,19 @@ def _walk(job: Job, history: History, walk: SpineSearch, tell: Callable[[int], N
         while why == "some":
             try:
                 at, why = walk.feed(
-                    piece.data, piece.log_id, piece.number, at, piece.end, mappings, times, history.last_sequence, SLICE
+                    piece.data,
+                    piece.log_id,
+                    piece.number,
+                    at,
+                    piece.end,
+                    piece.records,
+                    mappings,
+                    times,
+                    history.last_sequence,
+                    SLICE,
                 )
             except LogError as error:
-                raise LogError(f"{piece.path}: {error}") from None
+                raise located(piece.path, error) from None
             seen, _ = walk.totals
             tell(seen - told)
             told = seen

@@ -21,7 +21,7 @@ from ..errors import LogError
 from ..features.layouts import describe_layouts
 from ..features.snapshot import LoadedSnapshot, load_snapshot
 from .history import History, Piece
-from .log_folder import Damage, LogFolder, readable_records, write_whole
+from .log_folder import Damage, LogFolder, located, readable_records, write_whole
 from .options import LogOptions, parse_sync
 from .schemas import EventSchema, ScoreSchema, event_mapping, schemas_of, score_mapping
 
@@ -89,11 +89,12 @@ def mappings_of(engine: Engine, schemas: list[Any], begins: dict[str, int] | Non
             found.append(None if event is None else event_mapping(schema, event))
         else:
             plan = engine.plan.pipelines.get(schema.pipeline)
-            models = running = None
+            models = running = words = None
             if plan is not None and not engine.features_only:
-                models = list(engine.core.pipes[plan.index].decision_texts.models)
+                words = engine.core.pipes[plan.index].decision_texts
+                models = list(words.models)
                 running = engine.running(plan.index)
-            found.append(score_mapping(schema, engine.plan, plan, models, begins, running))
+            found.append(score_mapping(schema, engine.plan, plan, models, begins, running, words))
     return found
 
 
@@ -102,14 +103,17 @@ def fed(
 ) -> Iterator[HistoryRun]:
     """Feed a piece to a run, to its end; gives the run whenever its output is full.
 
-    Raises LogError with the place, and how many readable records follow, where a record does not check.
+    Raises LogError with the place where a record does not check (and how many readable records follow), or is not of
+    its schema.
     """
     at, why = piece.start, "full"
     while why == "full":
         try:
-            at, why = run.feed(piece.data, piece.log_id, piece.number, at, piece.end, mappings, first, last)
+            at, why = run.feed(
+                piece.data, piece.log_id, piece.number, at, piece.end, piece.records, mappings, first, last
+            )
         except LogError as error:
-            raise LogError(f"{piece.path}: {error}") from None
+            raise located(piece.path, error) from None
         if why == "full":
             yield run
     if why == "stopped" and at < piece.end:

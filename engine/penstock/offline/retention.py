@@ -19,7 +19,8 @@ from ..errors import LogError
 from ..timestamp import Timestamp
 from .batches import Batch, BatchStore, newest_event_time, schema_layouts
 from .compaction import clear_leftovers, newest_snapshot, writing
-from .log_folder import LogFolder, Segment
+from .log_folder import LogFolder, Segment, located
+from .schemas import record_schemas
 
 __all__ = ["RetentionReport", "retain"]
 
@@ -116,11 +117,15 @@ def _remove(folder: LogFolder, store: BatchStore, batch: Batch) -> None:
 
 def _newest_of(segment: Segment) -> tuple[int | None, int]:
     """(newest event time, number of events) of a closed segment."""
-    schemas = segment.schemas()
-    columns = RecordColumns(schema_layouts(schemas))
+    prelude = segment.prelude()
+    schemas = prelude.schemas
+    columns = RecordColumns(schema_layouts(schemas), record_schemas(schemas))
     end = segment.sealed_end or 0
-    columns.count(segment.data, segment.log_id, segment.number, segment.start, end)
-    columns.take(segment.data, segment.log_id, segment.number, segment.start, end)
+    try:
+        columns.count(segment.data, segment.log_id, segment.number, prelude.end, end)
+    except LogError as error:
+        raise located(segment.path, error) from None
+    columns.take(segment.data, segment.log_id, segment.number, prelude.end, end)
     return newest_event_time(schemas, columns)
 
 

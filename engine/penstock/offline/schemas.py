@@ -2,15 +2,19 @@
 
 A segment begins with one JSON schema per event type and per pipeline. What must stay true: a field whose type changed
 is refused with the difference; an added optional field reads as null or its default, a removed one is passed over.
+A schema is checked as a record is: no number in it points outside of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
+from .._ext.events import TYPE_CODES
 from .._ext.history import EventMapping, ScoreMapping
+from .._ext.log import RecordLayout, RecordSchemas
 from ..errors import LogError
 from ..plan import EventPlan, PipelinePlan, Plan
 from ..timestamp import Timestamp, TimestampUnit
@@ -20,9 +24,11 @@ __all__ = [
     "EventSchema",
     "Running",
     "ScoreSchema",
+    "check_schemas",
     "event_mapping",
     "read_schema",
     "record_fields",
+    "record_schemas",
     "schemas_of",
     "score_mapping",
     "score_schema",
@@ -88,6 +94,8 @@ class Running(msgspec.Struct, frozen=True):
 
 Schema = EventSchema | ScoreSchema
 NEVER = 1 << 61  # microseconds
+MOST_SCHEMAS = 256  # of one segment
+MOST = {"versions": 255, "reasons": 64, "arms": 8, "names of arms": 127}  # what a record has room for
 
 
 def schemas_of(plan: Plan, texts: list[Any], running: list[Running] | None = None) -> list[bytes]:
@@ -134,12 +142,91 @@ def score_schema(pipeline: PipelinePlan, words: Any, models: list[tuple[str, str
 
 
 def read_schema(data: bytes) -> Schema:
-    """A schema from the body of its record. Raises LogError where it is none."""
+    """A schema from the body of its record. Raises LogError where it is none, or contradicts itself."""
     try:
-        schema: Schema = msgspec.json.decode(data, type=Schema)
-        return schema
-    except msgspec.DecodeError as error:
+        schema: Schema = msgspec.json.decode(data.decode(), type=Schema)  # what it passes over is text too
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise LogError(f"a schema of the log cannot be read: {error}") from None
+    wrong = _event_problem(schema) if isinstance(schema, EventSchema) else _score_problem(schema)
+    if wrong is not None:
+        what = f"event {schema.name}" if isinstance(schema, EventSchema) else f"pipeline {schema.pipeline}"
+        raise LogError(f"a schema of the log cannot be read: {what}: {wrong}")
+    return schema
+
+
+def _event_problem(schema: EventSchema) -> str | None:
+    n = len(schema.fields)
+    if (kind := _unknown_type(field.type for field in schema.fields)) is not None:
+        return f"there is no type {kind!r}"
+    if not 0 <= schema.time < n or schema.fields[schema.time].type != "timestamp":
+        return f"its time is field {schema.time}, which is no timestamp"
+    if schema.event_id is not None and not 0 <= schema.event_id < n:
+        return f"its event id is field {schema.event_id}, of {n}"
+    for entity, at in schema.stores:
+        if not 0 <= at < n or schema.fields[at].type not in ("string", "int64"):
+            return f"the key of {entity} is field {at}, which is no string and no integer"
+    return _too_many(versions=len(schema.stores))
+
+
+def _score_problem(schema: ScoreSchema) -> str | None:
+    if (kind := _unknown_type(kind for _, kind in schema.values)) is not None:
+        return f"there is no type {kind!r}"
+    if not 0 <= schema.n_features <= len(schema.values):
+        return f"{schema.n_features} features of {len(schema.values)} values"
+    if any(not 0 <= i < len(schema.models) for i in schema.running):
+        return f"it runs models {schema.running}, of {len(schema.models)}"
+    longest = max((len(arms) for _, arms in schema.arms), default=0)
+    counts = {"versions": len(schema.reads), "reasons": len(schema.reasons), "arms": len(schema.arms)}
+    return _too_many(**counts, **{"names of arms": longest})
+
+
+def _unknown_type(kinds: Iterable[str]) -> str | None:
+    return next((kind for kind in kinds if kind not in TYPE_CODES), None)
+
+
+def _too_many(**counts: int) -> str | None:
+    return next((f"{n} {what}, of at most {MOST[what]}" for what, n in counts.items() if n > MOST[what]), None)
+
+
+def check_schemas(schemas: list[Schema]) -> None:
+    """The schemas of one segment together. Raises LogError where one reads fields that its event does not have."""
+    if len(schemas) > MOST_SCHEMAS:
+        raise LogError(f"{len(schemas)} schemas in one segment, of at most {MOST_SCHEMAS}")
+    events = {schema.name: schema for schema in schemas if isinstance(schema, EventSchema)}
+    for schema in schemas:
+        if isinstance(schema, ScoreSchema) and (event := events.get(schema.event)) is not None:
+            for view, at in schema.reads:
+                if not 0 <= at < len(event.fields):
+                    raise LogError(
+                        f"a schema of the log cannot be read: pipeline {schema.pipeline}: view {view} is read by field "
+                        f"{at}, and {event.name} has {len(event.fields)}"
+                    )
+
+
+def record_schemas(schemas: list[Schema], prelude: int = 0) -> RecordSchemas:
+    """What the records of a segment with these schemas must be like. prelude: the offset where its schemas and its mark
+    end; 0: only events and scores are read."""
+    return RecordSchemas([_record_layout(schema) for schema in schemas], prelude)
+
+
+def _record_layout(schema: Schema) -> RecordLayout:
+    if isinstance(schema, EventSchema):
+        keys = {at for _, at in schema.stores}
+        fields = [
+            (field.name, field.type, 2 if i == schema.time else int(i in keys and not field.optional))
+            for i, field in enumerate(schema.fields)
+        ]
+        return RecordLayout(False, fields, len(schema.stores))
+    return RecordLayout(
+        True,
+        [(name, kind, 0) for name, kind in schema.values],
+        len(schema.reads),
+        len(schema.actions),
+        len(schema.models),
+        len(schema.failures),
+        len(schema.reasons),
+        tuple(len(arms) for _, arms in schema.arms),
+    )
 
 
 def event_mapping(schema: EventSchema, event: EventPlan) -> EventMapping:
@@ -191,11 +278,13 @@ def score_mapping(
     models: list[Any] | None,
     begins: dict[str, int] | None = None,
     running: Running | None = None,
+    words: Any = None,
 ) -> ScoreMapping:
     """How score records of a schema are compared with a pipeline of today; with None they are passed over.
 
     models: (name, version) of the pipeline's models, in the order of its decisions' numbers; None: they do not run.
-    running: what it runs, where that is known. Decisions are compared where the same files ran.
+    running: what it runs, where that is known. Decisions are compared where the same files ran. words: the pipeline's
+    decision texts; a recorded decision is repeated only in the words that it was made in.
     begins: per event type the time before which history was dropped: a value whose window reaches further back is not
     compared.
     """
@@ -216,6 +305,13 @@ def score_mapping(
     numbers = {(name, version): i for i, (name, version) in enumerate(models or [])}
     then = [schema.models[i] for i in schema.running if i < len(schema.models)]
     same_words = schema.fingerprint == pipeline.fingerprint and models is not None
+    if words is not None:
+        same_words = same_words and _said(schema) == (
+            (*words.actions,),
+            (*words.reasons,),
+            (*words.failures,),
+            (*zip(words.experiments, words.arms),),
+        )
     if running is not None and schema.running:
         same = then == [(name, version) for name, version, _ in running.models]
         digests = [digest for _, _, digest in running.models]
@@ -229,6 +325,12 @@ def score_mapping(
         since = [NEVER] * len(schema.values)
     which = [numbers.get((name, version), -1) for name, version in schema.models]
     return ScoreMapping(pipeline.index, place, strings, keys, same, since, which, same_words)
+
+
+def _said(schema: ScoreSchema) -> tuple[Any, ...]:
+    """The words that a decision's numbers stand for, all but the models."""
+    arms = tuple((name, tuple(arms)) for name, arms in schema.arms)
+    return tuple(schema.actions), tuple(schema.reasons), tuple(schema.failures), arms
 
 
 def _since(schema: ScoreSchema, plan: Plan, pipeline: PipelinePlan, begins: dict[str, int]) -> list[int]:

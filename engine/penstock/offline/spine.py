@@ -25,7 +25,7 @@ from ..errors import EventError, LogError, PenstockError
 from ..plan import EventPlan, Output, PipelinePlan, Plan, StorePlan, ViewPlan, suggestion
 from ..tables import FIRST_TIME, LAST_TIME, cast_column, column_set, one_array, pyarrow, sound_column
 from .history import History
-from .log_folder import LogFolder
+from .log_folder import LogFolder, located
 from .own_events import COUNTED, OWN, Reads, search
 from .schemas import EventSchema, event_mapping
 
@@ -583,9 +583,11 @@ class _Pass:
             at, why = piece.start, "some"
             while why == "some":
                 try:
-                    at, why = run.feed(piece.data, piece.log_id, piece.number, at, piece.end, mappings, last, SLICE)
+                    at, why = run.feed(
+                        piece.data, piece.log_id, piece.number, at, piece.end, piece.records, mappings, last, SLICE
+                    )
                 except LogError as error:
-                    raise LogError(f"{piece.path}: {error}") from None
+                    raise located(piece.path, error) from None
                 events = run.totals[0]
                 tell(events - told)
                 told = events

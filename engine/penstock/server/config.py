@@ -2,11 +2,14 @@
 
 Flags of the command line come first, then PENSTOCK_* variables, then the [server] table of penstock.toml, then the
 defaults. What must stay true: a name that is not known is refused wherever it stands, so no setting is read in vain.
+Variables that Kubernetes sets for a Service (named penstock, say) are no settings: left out, with a warning.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import sys
 import tomllib
 import types
 import typing
@@ -24,6 +27,13 @@ __all__ = ["ConfigError", "Limits", "ServerConfig", "load_config", "parse_flags"
 
 # Variables with our prefix that are not settings of the server.
 OTHER_VARIABLES = frozenset({"PENSTOCK_CACHE", "PENSTOCK_EXT"})
+
+# What Kubernetes sets in every pod for a Service named penstock, or penstock-something: {NAME}_SERVICE_HOST,
+# {NAME}_SERVICE_PORT[_PORTNAME], {NAME}_PORT, whose value is a URL, and {NAME}_PORT_{N}_{PROTOCOL}[_PROTO|_PORT|_ADDR].
+OF_A_SERVICE = re.compile(
+    r"PENSTOCK_(SERVICE_\w+|PORT_\w+|\w+_SERVICE_(HOST|PORT(_\w+)?)|\w+_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+URL_OF_A_SERVICE = re.compile(r"(tcp|udp|sctp)://", re.IGNORECASE)
 
 
 class ConfigError(PenstockError, ValueError):
@@ -114,8 +124,16 @@ def load_config(
         if name not in known:
             raise ConfigError(f"{file}: server.{name}: no such setting (known: {', '.join(known)})")
         merged[name], place[name] = value, f"{file}: server.{name}"
-    for variable, value in (os.environ if environment is None else environment).items():
-        if not variable.startswith("PENSTOCK_") or variable in OTHER_VARIABLES:
+    variables = os.environ if environment is None else environment
+    left_out = [variable for variable in variables if _is_of_a_service(variable, variables[variable])]
+    if left_out:
+        print(
+            f"penstock: warning: left out, as Kubernetes sets them for a Service: {', '.join(sorted(left_out))}; "
+            "enableServiceLinks: false in the pod's spec keeps them away",
+            file=sys.stderr,
+        )
+    for variable, value in variables.items():
+        if not variable.startswith("PENSTOCK_") or variable in OTHER_VARIABLES or variable in left_out:
             continue
         name = variable.removeprefix("PENSTOCK_").lower()
         if name not in known or not variable.isupper():
@@ -163,6 +181,12 @@ def load_config(
             if name.startswith("log_") or name in ("start_cold", "start_partial", "snapshot_bytes"):
                 raise ConfigError(f"{place[name]}: there is no log; say --log DIR")
     return config
+
+
+def _is_of_a_service(variable: str, value: str) -> bool:
+    if OF_A_SERVICE.fullmatch(variable):
+        return True
+    return variable.startswith("PENSTOCK_") and variable.endswith("PORT") and bool(URL_OF_A_SERVICE.match(value))
 
 
 def parse_flags(arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:

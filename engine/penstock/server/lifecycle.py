@@ -2,8 +2,9 @@
 
 Start: take the ports, load engine and models, freeze what the garbage collector would walk, then accept (the kernel
 queues who comes earlier). Stop (SIGTERM or SIGINT): accept no more connections, answer what was accepted with
-`Connection: close`, exit 0; a second signal stops at once. What must stay true: a request that arrived before the
-signal is answered.
+`Connection: close`, exit 0; a second signal ends the process at once (ext/signals.pyx), as a kill would: what the log
+acknowledged stays. SIGHUP is ignored: it comes when a terminal closes. What must stay true: a request that arrived
+before the signal is answered.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import ipaddress
+import os
 import resource
 import signal
 import socket
@@ -37,6 +39,7 @@ __all__ = ["bind", "run", "sample_event", "serve"]
 BACKLOG = 1024
 LINGER = 0.5  # an idle connection may have a request on its way: seconds to wait for it when stopping
 SPARE_DESCRIPTORS = 64
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def serve(app: App | Engine | None = None, **settings: Any) -> int:
@@ -50,11 +53,11 @@ def serve(app: App | Engine | None = None, **settings: Any) -> int:
 
 def run(app: App | Engine | None, config: ServerConfig) -> int:
     """Serve with exactly these settings."""
-    with never_in_the_way():
-        return _run(app, config)
+    with never_in_the_way(), _Signals() as signals:
+        return _run(app, config, signals)
 
 
-def _run(app: App | Engine | None, config: ServerConfig) -> int:
+def _run(app: App | Engine | None, config: ServerConfig, signals: _Signals) -> int:
     listeners = [bind(config.host, config.port)]
     try:
         if config.resp_port is not None:
@@ -65,8 +68,9 @@ def _run(app: App | Engine | None, config: ServerConfig) -> int:
             _check_limits(engine, config, repository)
             import uvloop
 
+            stop = signals.arm()
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                return runner.run(Serving(engine, config, repository).serve(listeners))
+                return runner.run(Serving(engine, config, repository).serve(listeners, stop))
         finally:
             if not isinstance(app, type(engine)):
                 try:
@@ -76,6 +80,37 @@ def _run(app: App | Engine | None, config: ServerConfig) -> int:
     finally:
         for listener in listeners:
             listener.close()
+
+
+class _Signals:
+    """What signals mean while a server starts and runs. Once armed, the first that stops makes a descriptor readable,
+    and the second ends the process, also while it closes. What they meant before comes back at the end."""
+
+    def __enter__(self) -> _Signals:
+        from .._ext.signals import stop_on
+
+        self.before = {number: signal.getsignal(number) for number in (*STOPPING, signal.SIGHUP)}
+        self.pipe: tuple[int, ...] = ()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if os.getpid() == 1:  # the first process of a container, for which a signal's default is nothing
+            stop_on(STOPPING, -1)
+        return self
+
+    def arm(self) -> int:
+        """From now on: the descriptor."""
+        from .._ext.signals import stop_on
+
+        self.pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)  # asyncio puts no handler of its own in its place
+        stop_on(STOPPING, self.pipe[1])
+        return self.pipe[0]
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        for descriptor in self.pipe:
+            os.close(descriptor)
 
 
 def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
@@ -185,8 +220,8 @@ class Serving:
         self.grpc: GrpcServer | None = None
         self.log = ServerLog()
 
-    async def serve(self, listeners: list[socket.socket]) -> int:
-        """Accept, until a signal; then drain. Returns 0."""
+    async def serve(self, listeners: list[socket.socket], stop: int) -> int:
+        """Accept, until the descriptor `stop` can be read; then drain. Returns 0."""
         from .._ext.flow import Flow
         from .._ext.infer import nanoseconds_per_tick
         from .._ext.loop_lag import LoopLag
@@ -197,20 +232,14 @@ class Serving:
         engine, config, repository = self.engine, self.config, self.repository
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
-        signals = 0
 
-        def stop() -> None:
-            nonlocal signals
-            signals += 1
+        def signalled() -> None:
+            loop.remove_reader(stop)
             for server in self.servers:
                 server.draining = True
             stopping.set()
-            if signals > 1:
-                for server in self.servers:
-                    server.close_idle(force=True)
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
+        loop.add_reader(stop, signalled)
         flow = Flow(config.pool_threads)
         flow.start(loop)
         lag = LoopLag()
