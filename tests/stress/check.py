@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from penstock import Engine, LogOptions, PenstockError, backfill, parity, training_set
 from penstock.offline.compaction import compact
+from penstock.offline.independent import independent_parity
 from penstock.offline.keeper import take_snapshot
 from penstock.plan import Plan, compile_plan
 from stress import exact, sql, stream
@@ -44,7 +45,7 @@ class Found:
 
 
 class Checker:
-    def __init__(self, case: Case, most_reads: int = 300, most_cells: int = 20_000) -> None:
+    def __init__(self, case: Case, most_reads: int = 150, most_cells: int = 8_000) -> None:
         self.case = case
         self.app = case.app
         self.definitions = definitions(case.app)
@@ -292,8 +293,9 @@ class Checker:
                 ]
                 if scores[p.name] != len(logged):
                     self.tell(f"parity: {p.name} has {scores[p.name]} scores, right: {len(logged)}")
-            if not report.ok:
-                self.tell(f"parity: {report}")
+            for said in (report, independent_parity(self.definitions, folder, sample=20, seed=self.case.seed)):
+                if not said.ok:
+                    self.tell(f"parity: {said}")
 
     def steps_with_restarts(self, folder: str) -> Iterator[tuple[int, Op, Any]]:
         options = LogOptions(sync="never", keeper=False)
