@@ -31,6 +31,7 @@ typedef struct segment {
     uint64_t capacity, at, number, before; /* before: position of its offset 0 */
     uint64_t touched;                      /* offset up to which pages are there for writing; the caring thread's */
     uint64_t synced;                       /* offset up to which it is on disk; the syncing thread's */
+    uint64_t marked;                       /* what the newest mark says of it */
     int64_t first_sequence;
     int fd;
     uint64_t turn, turn_written;
@@ -522,6 +523,14 @@ static int sync_segment(ps_log *L, segment *s, uint64_t at) {
     return error;
 }
 
+/* The mark may lag: behind it a hole is taken for a power cut's, and what was synced has none. */
+static void mark_synced(segment *s, int64_t now) {
+    if (s->marked == s->synced || now - s->marked_us < MARK_US) return;
+    s->marked = s->synced;
+    s->marked_us = now;
+    put_mark(s, s->synced, 0);
+}
+
 /* Syncs what is full, then the current segment up to a position, which was read at or after `began`. */
 static void sync_all(ps_log *L, segment *sealing, segment *s, uint64_t at, uint64_t position, int64_t began,
                      int folder_changed) {
@@ -541,11 +550,7 @@ static void sync_all(ps_log *L, segment *sealing, segment *s, uint64_t at, uint6
     if (folder_changed && fsync(L->dir)) fail(L, errno);
     look(L, s); /* what is on a disk where nobody will find it is not kept */
     if (halted(L)) return;
-    /* The mark may lag: behind it a hole is taken for a power cut's, and what was synced has none. */
-    if (began - s->marked_us >= MARK_US) {
-        s->marked_us = began;
-        put_mark(s, at, 0);
-    }
+    mark_synced(s, began);
     int64_t now = clock_us(CLOCK_MONOTONIC), took = now - began, age = unsynced_us(L, now);
     pthread_mutex_lock(&L->lock);
     if ((uint64_t)took > L->longest_sync_us) L->longest_sync_us = (uint64_t)took;
@@ -608,6 +613,7 @@ static void *keep_synced(void *argument) {
         if (now >= next_look) {
             next_look = now + LOOK_US;
             look(L, s);
+            if (!halted(L)) mark_synced(s, now); /* of a log that is idle now: the keeper goes by it */
         }
         if (stop || wanted || now >= next_sync) {
             if (L->sync_us > 0) next_sync = now + L->sync_us;

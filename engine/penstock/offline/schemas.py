@@ -306,10 +306,12 @@ def score_mapping(
     then = [schema.models[i] for i in schema.running if i < len(schema.models)]
     same_words = schema.fingerprint == pipeline.fingerprint and models is not None
     if words is not None:
+        # Reasons of failures grow behind those of functions and models: a record means the first of them.
+        failures = (*words.failures[: len(schema.failures)],)
         same_words = same_words and _said(schema) == (
             (*words.actions,),
             (*words.reasons,),
-            (*words.failures,),
+            failures,
             (*zip(words.experiments, words.arms),),
         )
     if running is not None and schema.running:
