@@ -109,6 +109,9 @@ def test_retention_bounds_lifetime_and_an_entity_begins_anew():
     assert of.values(events, 51) == [(None, "NOT_FOUND"), (0, "PRESENT")]
     assert of.values(stream((10, 1.0), (35, 2.0)), 35) == [(3.0, "PRESENT"), (2, "PRESENT")]
     assert of.values(stream((10, 1.0), (36, 2.0)), 36) == [(2.0, "PRESENT"), (1, "PRESENT")]
+    # The row being scored begins it anew as an applied event would.
+    assert of.values(stream((10, 1.0)), 35, request={"x": 2.0}) == [(3.0, "PRESENT"), (2, "PRESENT")]
+    assert of.values(stream((10, 1.0)), 36, request={"x": 2.0}) == [(2.0, "PRESENT"), (1, "PRESENT")]
 
 
 def test_ttl_is_validity():

@@ -107,9 +107,12 @@ class ExactView(NamedTuple):
         """As values(), without defaults."""
         if watermark is not None and as_of < watermark - self.lateness:  # S14
             return [ExactValue(None, INVALID) for _ in self.outputs]
-        rows = [(event.time, event.values) for event in self.kept(events, before) if event.time <= as_of]
-        if request is not None:
-            rows.append((as_of, request))  # the newest at T
+        applied = [e for e in events if e.outcome == "applied" and (before is None or e.sequence < before)]
+        if request is not None:  # as if applied now: the newest of its time
+            latest = max((e.ingest_time for e in applied), default=0)
+            following = max((e.sequence for e in applied), default=-1) + 1
+            applied.append(RawEvent(as_of, latest, following, "applied", request))
+        rows = [(event.time, event.values) for event in self.kept(applied) if event.time <= as_of]
         reach = self.reach
         known = any(reach is None or time >= as_of - reach for time, _ in rows)
         if not known:
@@ -117,9 +120,8 @@ class ExactView(NamedTuple):
         empty = NULL_VALUE if known else NOT_FOUND
         return [one(output, rows, as_of, empty) for output in self.outputs]
 
-    def kept(self, events: Iterable[RawEvent], before: int | None) -> list[RawEvent]:
-        """The applied events before K, in the order of S6; those of an earlier life of the entity have gone (S9)."""
-        applied = [e for e in events if e.outcome == "applied" and (before is None or e.sequence < before)]
+    def kept(self, applied: list[RawEvent]) -> list[RawEvent]:
+        """Events in the order of S6; those of an earlier life of the entity have gone (S9)."""
         if self.retention is not None:
             life: list[RawEvent] = []
             newest = None
