@@ -339,8 +339,8 @@ class Engine:
                     continue
                 raise PenstockError(
                     f"replay: the first {name} is of {Timestamp(first).isoformat()}, but this engine has had a "
-                    f"{source} of {Timestamp(watermark).isoformat()} already, and keeps state for the lateness of {source} "
-                    "back from there. Give all of history to one replay, which merges it by time, or take a new engine"
+                    f"{source} of {Timestamp(watermark).isoformat()} already, and keeps state for the lateness of "
+                    f"{source} back from there. Give all of history to one replay, which merges it by time, or take a new engine"
                 )
 
     # ingesting and reading
