@@ -7,7 +7,7 @@ ARGS ?=
 SECONDS ?= 1800
 NATIVE := $(wildcard ext/*.pyx ext/*.pxd ext/*.c ext/*.h) setup.py pyproject.toml
 
-.PHONY: test asan ci-extra lint demo bench bench-peers soak clean tools
+.PHONY: test stress asan ci-extra lint demo bench bench-peers soak clean tools
 
 tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "make: CPython 3.11 or newer is needed as '$(PYTHON)' (set PYTHON=...)" >&2; exit 1; }
@@ -35,6 +35,10 @@ $(VENV)/extra-%: pyproject.toml .ci/requirements.py | $(BIN)/python
 
 test: $(VENV)/built $(VENV)/extra-test
 	@$(BIN)/python -m pytest $(ARGS)
+
+# An hour of random apps against exact fractions and SQL: make stress ARGS='--minutes 10'; a failure prints its seed.
+stress: $(VENV)/built $(VENV)/extra-test
+	@$(BIN)/python tests/stress/run.py $(ARGS)
 
 # The kernels under the address and undefined-behaviour sanitizers, in build/asan: their tests, and damaged files of every
 # kind. make asan ARGS='--seed 7', or pytest's arguments: make asan ARGS=tests/ext/test_windows.py

@@ -349,6 +349,8 @@ def scan(const uint8_t[::1] data, int64_t log_id, uint64_t number, uint64_t star
             if r.kind == PS_RECORD_EVENT:
                 if schemas is not None and events and r.sequence != last + 1:
                     with gil:
+                        if r.sequence > last:
+                            raise LogError(f"events {last + 1} to {r.sequence - 1} are missing before offset {at}")
                         raise LogError(f"at offset {at}: damaged: event {r.sequence} stands where event {last + 1} should. "
                                        "Nothing was changed; restore the file from a copy")
                 events += 1

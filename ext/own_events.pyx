@@ -375,7 +375,7 @@ cdef class SpineSearch:
         if n_mappings != schemas.n:
             raise LogError(f"expected {schemas.n} mappings, one per schema, got {n_mappings}")
         if n_looks > 256:
-            raise LogError(f"{n_looks} event types that a row may be, of at most 256")
+            raise LogError("more than 256 ways to tell a row's event")
         if end > <uint64_t>data.shape[0]:
             end = data.shape[0]
         for i, one in enumerate(mappings):
@@ -409,7 +409,7 @@ cdef class SpineSearch:
                 while self.n_bounded < self.rows and self.times[self.order[self.n_bounded]] < self.newest_ingest:
                     self.bounds[self.order[self.n_bounded]] = r.sequence
                     self.n_bounded += 1
-                if r.schema >= n_mappings or kinds[r.schema] == NULL:
+                if kinds[r.schema] == NULL:
                     continue
                 when = ps_record_slots(r)[time_of[r.schema]].i if time_of[r.schema] >= 0 else NEVER
                 if when < self.earliest:

@@ -214,8 +214,8 @@ cdef class SpineRun:
         """Take the records of a piece of the log from an offset on, `most` events of it. schemas: the piece's;
         mappings: per schema number an EventMapping, or None where it is not the source's.
 
-        Raises LogError at a record that is not of its schema. Returns (offset reached, why): "end", "stopped" (a record does not check), "some" (there is more), "done" (no row
-        waits), "large" (the budget is too small).
+        Raises LogError at a record that is not of its schema. Returns (offset reached, why): "end", "stopped" (a record
+        does not check), "some" (there is more), "done" (no row waits), "large" (the budget is too small).
         """
         cdef uint64_t at = start
         cdef int64_t length = 0

@@ -338,9 +338,9 @@ class Engine:
                 if watermark is None or first >= watermark - self.plan.events[source].options.lateness:
                     continue
                 raise PenstockError(
-                    f"replay: the first {name} is of {Timestamp(first).isoformat()}, but this engine has had a "
-                    f"{source} of {Timestamp(watermark).isoformat()} already, and keeps state for the lateness of "
-                    f"{source} back from there. Give all of history to one replay, which merges it by time, or take a new engine"
+                    f"replay: the first {name} is of {Timestamp(first).isoformat()}, but this engine has had {source} "
+                    f"of {Timestamp(watermark).isoformat()} already, and keeps state for the lateness of {source} back "
+                    "from there. Give all of history to one replay, which merges it by time, or take a new engine"
                 )
 
     # ingesting and reading

@@ -24,6 +24,7 @@ import ast
 import difflib
 import io
 import math
+import re
 import struct
 import tokenize
 from collections.abc import Callable, Mapping
@@ -75,6 +76,11 @@ _REFUSED = {
     ast.List: "a list stands only after `in`",
     ast.Await: "await is not supported",
 }
+
+
+# Line ends keep their place as blanks: one expression may stand on several lines.
+_BLANKS = {10: " ", 13: " ", 9: " ", 12: " "}
+_STRING = re.compile(r""" "(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*' """, re.VERBOSE | re.DOTALL)
 
 
 class ExpressionError(ValueError):
@@ -146,8 +152,7 @@ class _Compiler:
     # ---- text -> ast ----
 
     def parse(self) -> ast.expr:
-        # Line ends keep their place as blanks: one expression may stand on several lines.
-        line = self.text.translate({10: " ", 13: " ", 9: " ", 12: " "})
+        line = _STRING.sub(self.string, self.text.translate(_BLANKS))
         start = len(line) - len(line.lstrip())
         self.line, self.start = line[start:], start
         try:
@@ -163,6 +168,14 @@ class _Compiler:
                 raise
             self.error("too deeply nested" if isinstance(error, MemoryError) else f"cannot be parsed: {error}")
         return tree.body
+
+    def string(self, match: re.Match[str]) -> str:
+        """A string as it was written: what is a blank between words is itself in a string."""
+        written = self.text[match.start() : match.end()]
+        for end in "\n\r":
+            if end in written:
+                self.error("a line ends within a string: write \\n", match.start() + written.index(end) + 1)
+        return written
 
     def syntax_problem(self, error: SyntaxError) -> str:
         message = error.msg or ""

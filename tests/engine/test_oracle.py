@@ -7,6 +7,7 @@ What must stay true: the same outcomes, actions, reasons, arms, values (bit for 
 
 import math
 import struct
+import tempfile
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -26,7 +27,8 @@ from oracles.engine import (
     definitions,
     output_type,
 )
-from penstock import Engine, ReplayNeeded
+from penstock import Engine, ReplayNeeded, parity
+from penstock.offline.options import LogOptions
 
 SECOND = 10**6
 BASE = 1_700_000_000 * SECOND
@@ -230,6 +232,24 @@ def test_any_stream_gives_what_the_slow_engine_gives(app, operations):
                 assert got == {n: (bits(v), s) for n, (v, s) in expected.items()}
         with pytest.raises(ReplayNeeded, match="replay"):
             engine.features(view.name, ["a"], as_of=int(newest) - length(event.lateness) - 1)
+
+
+@settings(quick, max_examples=25)
+@given(apps(), operations)
+def test_parity_by_another_route_agrees(app, operations):
+    """Late and repeated events among them: every logged value, by raw events and the compiled app alone."""
+    made = definitions(app)
+    with tempfile.TemporaryDirectory() as folder:
+        with Engine(made, clock="event", log=folder, log_options=LogOptions(keeper=False)) as engine:
+            for what, row in operations:
+                if what == "score":
+                    engine.score(row)
+                elif what != "try":
+                    engine.ingest(row, event=what[-1])
+        report = parity(made, folder, independent=True)
+    assert report.ok, str(report)
+    for feature in report.pipelines[0].features:
+        assert feature.compared == report.pipelines[0].scores
 
 
 def length(text):

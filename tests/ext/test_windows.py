@@ -695,3 +695,28 @@ def test_no_call_pauses_for_a_millisecond():
 
     longest = longest_calls(grow_and_sweep)
     assert longest[0] < 0.001, longest[:5]
+
+
+def of_format_1(store):
+    """A dump as format 1 wrote it: the same layout of memory, another number (offset 16 of the header)."""
+    dump = bytearray(store.dump())
+    dump[16:20] = (1).to_bytes(4, "little")
+    return bytes(dump)
+
+
+def test_stores_of_format_1_load_unless_they_may_be_wrong():
+    """Where chunks could be damaged, or ttl released entities, they are refused and built anew."""
+    sound = store_of(Output("count"), Output("max", 0, window=10))
+    sound.apply("k", 1, [2.0])
+    moved = store_of(Output("count"), Output("max", 0, window=10))
+    moved.load(of_format_1(sound))
+    assert moved.read("k", 0, 1) == [(1, PRESENT), (2.0, PRESENT)]
+    assert moved.dump()[16:20] == (2).to_bytes(4, "little"), "from now on of the new format"
+    hit = {"columns": ["float64"] * 6}  # records of 7 words
+    for outputs, more in (([Output("max", 0, window=10)], hit), ([Output("last", 0, ttl=5)], {})):
+        old, new = store_of(*outputs, **more), store_of(*outputs, **more)
+        old.apply("k", 1, [2.0] * len(more.get("columns", [0])))
+        with pytest.raises(ValueError, match="build it anew"):
+            new.load(of_format_1(old))
+        assert new.stats().entities == 0
+        new.load(old.dump())

@@ -52,6 +52,7 @@ def layouts(draw):
     outputs = []
     for _ in range(draw(st.integers(1, 10))):
         function = draw(st.sampled_from(FUNCTIONS))
+        closed = draw(st.sampled_from(["right", "both", "left"]))
         fitting = [c for c, kind in enumerate(columns) if function == "count" or allowed(function, kind)]
         if not fitting:
             function = "count"
@@ -60,19 +61,21 @@ def layouts(draw):
                 function=function,
                 column=None if function == "count" else draw(st.sampled_from(fitting)),
                 where=draw(st.sampled_from([None, *range(n_where)])),
-                window=draw(st.sampled_from([None, 1, 5, 20, 100])),
-                closed=draw(st.sampled_from(["right", "both", "left"])),
+                window=draw(st.sampled_from([None, 1, 5, 20, 100] + [0] * (closed == "both"))),
+                closed=closed,
                 ttl=draw(st.sampled_from([None, 0, 3])) if function in ("first", "last") else None,
             )
         )
     split = draw(st.integers(0, len(outputs)))
     lateness = draw(st.sampled_from([0, 10, 60]))
-    return columns, outputs, [split, len(outputs) - split], n_where, lateness
+    # Not shorter than any window.
+    retention = draw(st.sampled_from([None, 100, 130])) if any(o.window is None for o in outputs) else None
+    return columns, outputs, [split, len(outputs) - split], n_where, lateness, retention
 
 
 @st.composite
 def streams(draw):
-    columns, outputs, groups, n_where, lateness = draw(layouts())
+    columns, outputs, groups, n_where, lateness, retention = draw(layouts())
     row = st.tuples(*[VALUES[kind] for kind in columns])
     mask = st.integers(0, 2**n_where - 1)
     keys = st.sampled_from(KEYS)
@@ -83,15 +86,18 @@ def streams(draw):
         st.just(("copy",)),
         st.just(("sweep",)),
     )
-    return columns, outputs, groups, n_where, lateness, draw(st.lists(step, max_size=60))
+    return columns, outputs, groups, n_where, lateness, retention, draw(st.lists(step, max_size=60))
 
 
 @settings(max_examples=400, deadline=None)
 @given(streams())
 def test_stream_equals_oracle(stream):
-    columns, outputs, groups, n_where, lateness, steps = stream
-    make = lambda: WindowStore(columns, outputs, groups, lateness, n_where, fingerprint=11)  # noqa: E731
-    store, oracle = make(), WindowOracle(columns, outputs, groups, lateness)
+    columns, outputs, groups, n_where, lateness, retention, steps = stream
+
+    def make():
+        return WindowStore(columns, outputs, groups, lateness, n_where, fingerprint=11, retention=retention)
+
+    store, oracle = make(), WindowOracle(columns, outputs, groups, lateness, retention)
     watermark = 0
     for step in steps:
         if step[0] == "event":
@@ -121,7 +127,7 @@ def test_stream_equals_oracle(stream):
             before = store.stats().entities
             released = store.sweep(watermark, 2)
             assert store.stats().entities == before - released
-            oracle.watermark = max(watermark, watermark if oracle.watermark is None else oracle.watermark)
+            oracle.advance(watermark)
     for key in KEYS:
         for group in range(2):
             for as_of in (watermark, watermark - lateness, watermark - lateness - 1, watermark + 7):

@@ -1,5 +1,6 @@
 """Filling a log of the shop app, and ways to write one anew with its records in another order (control path)."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -53,11 +54,22 @@ def raw_records(folder: Path) -> list[tuple[str, int, bytes]]:
     return found
 
 
+def _with_its_versions(data: bytes, schemas: list[Any]) -> bytes:
+    """An event record with as many versions as its outcome gives: an applied one has one per store, another none."""
+    there = data[14]
+    wanted = len(schemas[int.from_bytes(data[10:12], "little")]["stores"]) if data[9] == 1 else 0
+    if there == wanted:
+        return data
+    return data[:14] + bytes([wanted]) + data[15:32] + bytes(8 * wanted) + data[32 + 8 * there :]
+
+
 def rewritten(folder: Path, change: Callable[[list[tuple[str, int, bytes]]], list[tuple[str, int, bytes]]]) -> None:
     """Write the log's only segment anew with its records as `change` gives them: a whole log of another story."""
     logs = LogFolder(folder)
     number = logs.numbers()[0]
     records = change(raw_records(folder))
+    schemas = [json.loads(data[32:]) for kind, _, data in records if kind == "schema"]
+    records = [(kind, n, _with_its_versions(data, schemas) if kind == "event" else data) for kind, n, data in records]
     size = native.HEAD + sum(len(data) for _, _, data in records)
     out = bytearray(size)
     native.put_head(out, logs.log_id, number, 0, 0)

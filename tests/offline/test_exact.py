@@ -163,6 +163,8 @@ def test_beyond_the_double_range_is_invalid():
         wide = events if function in ("sum", "mean") else stream((1, HUGE), (2, -HUGE))
         assert read(function, wide, default=1.0) == (None, "INVALID"), function
     assert read("sum", stream((1, HUGE), (2, HUGE), (3, -HUGE))).value == HUGE
+    # The numerator alone is beyond it.
+    assert read("var_pop", stream((1, 1e154), (2, -1e154), (3, 1e154), (4, -1e154))) == (1e308, "PRESENT")
 
 
 def test_extremes_order_the_zeros():

@@ -22,6 +22,7 @@ from penstock import (
 )
 from penstock.app import load_plan
 from penstock.cli import main
+from penstock.offline import independent
 from penstock.offline.compaction import compact
 from penstock.offline.erasure import erase
 from penstock.offline.history import History
@@ -117,8 +118,20 @@ WIDE = {
     "codes": FeatureView(
         "codes", entity=NUMBER, source=Pay, key="code", aggregations=[Aggregation("sum", "amount", windows=["30s"])]
     ),
+    "kept": FeatureView(
+        "kept",
+        entity="code",
+        source=Pay,
+        retention="40s",
+        include_request_event=True,
+        aggregations=[
+            Aggregation("count", windows=["0s", "10s"], closed="both"),
+            Aggregation("sum", "amount", windows=[Lifetime]),
+            Aggregation("first", "qty", windows=[Lifetime], ttl="30s"),
+        ],
+    ),
     "of_visits": Pipeline("of_visits", event=Visit, features=["visits", "codes"]),
-    "of_pays": Pipeline("of_pays", event=Pay, features=["pays", "codes"]),
+    "of_pays": Pipeline("of_pays", event=Pay, features=["pays", "codes", "kept"]),
 }
 
 
@@ -134,7 +147,7 @@ def fill_wide(one, n, seed=3):
         amount = rng.choice([None, 0.1, -0.0, 1e16, 1e308, -1e308, round(rng.expovariate(0.1), 2)])
         pay = {
             "who": rng.choice("abc"),
-            "code": rng.choice(["1", "2", "01"]),
+            "code": rng.choice(["1", "2", "01", f"seldom {rng.randrange(20)}"]),
             "amount": amount,
             "qty": rng.choice([1, 2, 3, 2**63 - 1]),
             "at": when,
@@ -270,6 +283,14 @@ def test_history_that_was_dropped_is_not_judged(tmp_path):
     for feature in found.values():
         assert feature.compared + feature.before == report.pipelines[0].sampled
     assert "were not compared" in str(report)
+
+
+def test_scores_of_older_rules_are_counted_apart(folder, monkeypatch):
+    monkeypatch.setattr(independent, "SEMANTICS", independent.SEMANTICS + 1)
+    report = parity(str(SHOP), folder, independent=True)
+    assert (report.pipelines[0].scores, report.pipelines[0].older, report.pipelines[0].sampled) == (400, 400, 0)
+    assert report.compared == 0
+    assert "400 scores were logged by an older Penstock" in str(report)
 
 
 def test_features_that_came_and_went_are_counted_apart(folder, tmp_path):

@@ -9,7 +9,17 @@ import msgspec
 import pytest
 from offline.shop_log import OPTIONS, SHOP, START, fill
 
-from penstock import Engine, LogError
+from penstock import (
+    Aggregation,
+    Engine,
+    Event,
+    FeatureView,
+    Lifetime,
+    LogError,
+    LogOptions,
+    Pipeline,
+    Timestamp,
+)
 from penstock.offline.keeper import take_snapshot
 from penstock.offline.log_folder import LogFolder
 
@@ -198,3 +208,47 @@ def test_an_app_without_views_gets_snapshots_too(tmp_path):
         assert (engine.recovery.snapshot, engine.recovery.events) == (0, 0)
         assert engine.score(event).id == first.id
     assert take_snapshot(tmp_path / "log") is None
+
+
+def test_what_retention_dropped_is_never_counted_as_if_it_had_not_been(tmp_path):
+    """Without a snapshot: refused with the numbers; or INVALID until windows have refilled, over restarts too."""
+
+    class Ev(Event, time="at", lateness="0s"):
+        k: str
+        at: Timestamp(unit="s")
+
+    windows = [Lifetime, "1m", "1h"]
+    view = FeatureView("v", entity="k", source=Ev, aggregations=[Aggregation("count", windows=windows, name="n")])
+    app = {"Ev": Ev, "v": view, "p": Pipeline("p", event=Ev, features=[view], on_degraded="score")}
+    folder, options = tmp_path / "log", LogOptions(keeper=False, segment_bytes=1 << 14)
+    with Engine(app, clock="event", log=folder, log_options=options) as engine:
+        for t in range(400):
+            engine.ingest({"k": "a", "at": t})
+    held = LogFolder(folder)
+    number = held.numbers()[0]
+    segment = held.segment(number)
+    last = segment.mark.last_sequence
+    segment.close()
+    held.begin_at(last + 1)
+    held.segment_path(number).unlink()
+    with pytest.raises(
+        LogError, match=rf"events 0 to {last:,} were dropped.*Ev by k.*events {last + 1:,} to 399 alone"
+    ):
+        Engine(app, clock="event", log=folder, log_options=options)
+    assert [s.name for s in sorted(held.snapshots_path.glob("*"))] == []
+    partial = msgspec.structs.replace(options, start_partial=True)
+    expected = {"v.n_lifetime": ("INVALID", None), "v.n_1m": ("PRESENT", 60), "v.n_1h": ("INVALID", None)}
+    with Engine(app, clock="event", log=folder, log_options=partial) as engine:
+        assert engine.recovery.partial == ["Ev by k"]
+        found = engine.features("v", ["a"], as_of=Timestamp(399 * 10**6))
+        assert {n: (found.statuses[0][n], found.rows[0][n]) for n in expected} == expected
+        assert engine.score({"k": "a", "at": last + 3600}).degraded
+    take_snapshot(folder, start_partial=True)
+    with Engine(app, clock="event", log=folder, log_options=options) as engine:
+        found = engine.features("v", ["a"], as_of=Timestamp((last + 3600) * 10**6))
+        assert found.statuses[0] == {"v.n_lifetime": "INVALID", "v.n_1m": "PRESENT", "v.n_1h": "PRESENT"}
+        assert found.rows[0]["v.n_1h"] == 400 - last
+    short = {**app, "v": FeatureView("v", entity="k", source=Ev, aggregations=[Aggregation("count", windows=["1m"])])}
+    short["p"] = Pipeline("p", event=Ev, features=[short["v"]])
+    with Engine(short, clock="event", log=folder, log_options=options) as engine:
+        assert engine.recovery.rebuilt == ["Ev by k"], "what is left of history is all that its window needs"

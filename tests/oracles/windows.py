@@ -20,7 +20,12 @@ class WindowOracle:
     """Any number of entities; every output of a group is a feature of one view."""
 
     def __init__(
-        self, columns: list[str], outputs: list[Any], groups: list[int] | None = None, lateness: int = 0
+        self,
+        columns: list[str],
+        outputs: list[Any],
+        groups: list[int] | None = None,
+        lateness: int = 0,
+        retention: int | None = None,
     ) -> None:
         self.events: dict[Any, list[RawEvent]] = {}
         self.applied = 0
@@ -29,7 +34,7 @@ class WindowOracle:
         start = 0
         for n in groups or [len(outputs)]:
             views = tuple(self.output(columns, o) for o in outputs[start : start + n])
-            self.views.append(ExactView(views, lateness, None))
+            self.views.append(ExactView(views, lateness, retention))
             start += n
 
     @staticmethod
@@ -55,7 +60,10 @@ class WindowOracle:
 
     def apply(self, key: Any, event_time: int, values: Any = (), where_mask: int = 0) -> None:
         self.events.setdefault((type(key), key), []).append(self.raw(Event(event_time, tuple(values), where_mask)))
-        self.watermark = event_time if self.watermark is None else max(self.watermark, event_time)
+        self.advance(event_time)
+
+    def advance(self, watermark: int) -> None:
+        self.watermark = watermark if self.watermark is None else max(self.watermark, watermark)
 
     def read(self, key: Any, group: int = 0, as_of: int = 0, extra: Any = None) -> list[tuple[Any, int]]:
         events = self.events.get((type(key), key), [])

@@ -62,8 +62,8 @@ class ExactOutput(NamedTuple):
 
 
 class ExactView(NamedTuple):
-    """A view's outputs and the lengths that bound them, in microseconds. retention: of a view that has Lifetime windows
-    and says how long it keeps an entity; else None."""
+    """A view's outputs and the lengths that bound them, in microseconds. retention: how long Lifetime keeps an entity,
+    where the view says so."""
 
     outputs: tuple[ExactOutput, ...]
     lateness: int
@@ -73,7 +73,7 @@ class ExactView(NamedTuple):
     def reach(self) -> int | None:
         """How old an event may be and still make the entity known; None: for ever (S9)."""
         lengths = [output.window for output in self.outputs]
-        if None in lengths:
+        if self.retention is not None or None in lengths:
             return self.retention
         return max((length for length in lengths if length is not None), default=0)
 
@@ -120,7 +120,7 @@ class ExactView(NamedTuple):
     def kept(self, events: Iterable[RawEvent], before: int | None) -> list[RawEvent]:
         """The applied events before K, in the order of S6; those of an earlier life of the entity have gone (S9)."""
         applied = [e for e in events if e.outcome == "applied" and (before is None or e.sequence < before)]
-        if self.retention is not None and any(output.window is None for output in self.outputs):
+        if self.retention is not None:
             life: list[RawEvent] = []
             newest = None
             for event in sorted(applied, key=lambda e: e.sequence):
@@ -156,7 +156,7 @@ def exact_view(plan: Plan, name: str) -> ExactView:
                 result=o.type,
             )
         )
-    return ExactView(tuple(outputs), store.lateness, getattr(view, "retention", None))
+    return ExactView(tuple(outputs), store.lateness, view.retention)
 
 
 def canonical_key(value: str | int, key_type: str | None) -> tuple[type, str | int]:

@@ -57,8 +57,8 @@ def evaluate(text: str, types: Mapping[str, str], row: Mapping[str, Any]) -> Any
 
 
 def parsed(text: str) -> ast.expr:
-    # One expression may stand on several lines: line ends and tabs are blanks.
-    return ast.parse(text.translate({9: " ", 10: " ", 12: " ", 13: " "}).strip(), mode="eval").body
+    # One expression may stand on several lines: in brackets they may end anywhere.
+    return ast.parse(f"({text.strip()})", mode="eval").body
 
 
 def settled(kind: str, value: Any) -> Typed:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from .._ext import log as native
 from .._ext.decision import OUTCOMES, STATUSES
 from ..app import App, load_plan
@@ -25,7 +27,7 @@ from .exact import ExactValue, ExactView, RawEvent, canonical_key, exact_view
 from .history import History, Piece
 from .log_folder import LogFolder, readable_records
 from .parity import FeatureParity, Mismatch, ParityReport, PipelineParity
-from .schemas import EventSchema, ScoreSchema, record_fields
+from .schemas import SEMANTICS, EventSchema, ScoreSchema, record_fields
 
 __all__ = ["SAMPLE", "independent_parity"]
 
@@ -102,14 +104,19 @@ def independent_parity(
     history = History(LogFolder(log))
     history.check()
     walks = _Walks(plan, history, progress)
-    chosen, logged, events = walks.choose(names, sample, seed)
+    chosen, logged, older, events = walks.choose(names, sample, seed)
     seen = walks.collect([score for scores in chosen.values() for _, _, score in scores], names)
     begins = history.first_watermarks() if history.first_sequence > 0 else None
     return ParityReport(
         log=str(log),
         events=events,
         pipelines=[
-            _compare(plan, plan.pipelines[n], logged[n], sorted(chosen[n], reverse=True), seen, begins) for n in names
+            msgspec.structs.replace(
+                _compare(plan, plan.pipelines[name], sorted(chosen[name], reverse=True), seen, begins),
+                scores=logged[name],
+                older=older[name],
+            )
+            for name in names
         ],
         history_begins=max(0, history.first_sequence),
         independent=True,
@@ -178,10 +185,11 @@ class _Walks:
 
     def choose(
         self, names: list[str], sample: int, seed: int
-    ) -> tuple[dict[str, list[tuple[int, int, Score]]], dict[str, int], int]:
-        """Per pipeline the scores with the least hashes and how many were logged; and the number of events."""
+    ) -> tuple[dict[str, list[tuple[int, int, Score]]], dict[str, int], dict[str, int], int]:
+        """Per pipeline the scores with the least hashes, how many were logged, and how many of them by older rules, not
+        chosen; and the number of events."""
         chosen: dict[str, list[tuple[int, int, Score]]] = {name: [] for name in names}
-        logged = dict.fromkeys(names, 0)
+        logged, older = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
         key = seed.to_bytes(8, "little", signed=True)
         recent: list[tuple[Any, Any] | None] = [None] * BEHIND
         events = 0
@@ -193,6 +201,9 @@ class _Walks:
             if schema.pipeline not in chosen:
                 continue
             logged[schema.pipeline] += 1
+            if schema.semantics < SEMANTICS:
+                older[schema.pipeline] += 1
+                continue
             drawn = hashlib.blake2b(f"{record.sequence} {schema.pipeline}".encode(), digest_size=8, key=key).digest()
             # The heap's least is the one to go: the largest hash.
             rank = -int.from_bytes(drawn, "little")
@@ -201,7 +212,7 @@ class _Walks:
                 heapq.heappush(heap, (rank, logged[schema.pipeline], self.score(record, schema, recent)))
                 if len(heap) > sample:
                     heapq.heappop(heap)
-        return chosen, logged, events
+        return chosen, logged, older, events
 
     def score(self, record: Any, schema: ScoreSchema, recent: Sequence[tuple[Any, Any] | None]) -> Score:
         head = SCORE.unpack_from(record.body)
@@ -277,7 +288,6 @@ class _Walks:
 def _compare(
     plan: Plan,
     pipeline: PipelinePlan,
-    logged: int,
     chosen: list[tuple[int, int, Score]],
     seen: _Seen,
     begins: dict[str, int] | None,
@@ -315,7 +325,7 @@ def _compare(
                     _judge(feature, score, index, kind, value, key)
     return PipelineParity(
         name=pipeline.name,
-        scores=logged,
+        scores=len(chosen),
         features=list(by_name.values()),
         decisions=None,
         other_plans=other_plans,
@@ -346,7 +356,8 @@ def _dropped(
     if begins is None or source not in begins:
         return False
     window = view.reach if value.status in ("NULL_VALUE", "NOT_FOUND") else output.window
-    return output.window is None or window is None or as_of < begins[source] + window
+    # What retention dropped is not newer than begins: a window that includes its left edge may reach it.
+    return output.window is None or window is None or as_of <= begins[source] + window
 
 
 def _judge(feature: FeatureParity, score: Score, index: int, kind: str, value: ExactValue, key: str) -> None:
