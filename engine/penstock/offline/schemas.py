@@ -341,7 +341,8 @@ def _since(schema: ScoreSchema, plan: Plan, pipeline: PipelinePlan, begins: dict
     for read in pipeline.reads:
         view = plan.views[read.view]
         for output in view.outputs:
-            reach = output.window if output.window is not None else NEVER
+            # What was dropped is as old as begins at most; a window closed on the left may hold that very instant.
+            reach = output.window + (output.closed != "right") if output.window is not None else NEVER
             since[output.name] = min(NEVER, begins[view.event] + reach) if view.event in begins else -NEVER
     every = max(since.values(), default=-NEVER)
     return [since.get(name, every) for name, _ in schema.values]
