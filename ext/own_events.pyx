@@ -82,6 +82,7 @@ cdef class Look:
             one.field = field
             one.type = TYPE_CODES[type]
             one.near = near
+            one.bytes = b""
             if n:
                 data = numbers
                 states = state

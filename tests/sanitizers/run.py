@@ -127,7 +127,8 @@ def main() -> int:
     for old in REPORTS.iterdir():
         old.unlink()
     env = environment()
-    pytest = [sys.executable, "-m", "pytest", "--timeout", "600"]
+    # What a sanitizer writes past Python goes to our own output, also where it ends the process.
+    pytest = [sys.executable, "-m", "pytest", "--timeout", "600", "--capture=sys"]
     jobs: list[tuple[str, list[str]]] = []
     if pytest_arguments:
         jobs.append((" ".join(pytest_arguments), [*pytest, *pytest_arguments]))
