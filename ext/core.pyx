@@ -448,6 +448,7 @@ cdef class Core:
         if keys.sequence < 0:
             return
         if not self.score_share >> 32 and pipe.n_keys and self.store_api != NULL:
+            self.prepare_keys(pipe.keys, 1, slots, arena, keys)    # the arena may have moved since
             if self.store_api.partition(&keys.key[0]) >> 32 >= self.score_share:
                 return
         for i in range(pipe.n_logged):

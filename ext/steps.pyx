@@ -389,6 +389,10 @@ cdef class Rows:
         self.matrix = <double *>checked(capacity * self.n_inputs, sizeof(double))
         self.scores = <double *>checked(capacity * self.n_outputs, sizeof(double))
         self.picked = <int *>checked(capacity, sizeof(int))
+        # One byte first: an empty string is then no null pointer.
+        if ps_arena_append(&self.arena, b"", 1, &ignored) != 0:
+            raise MemoryError()
+        self.arena.used = 0
         if ps_arena_append(&self.arena, PyBytes_AS_STRING(constants), PyBytes_GET_SIZE(constants), &ignored) != 0:
             raise MemoryError()
 

@@ -30,6 +30,7 @@ LEFT_OUT = {
     "tests/models/test_folder.py": "Python alone",
     "tests/models/test_loader.py": "child processes; what they parse is in the tests of each format",
     "tests/models/test_repository.py": "child processes; what they parse is in the tests of each format",
+    "tests/models/test_trial.py": "limits the memory of processes, of which the sanitizer maps terabytes",
     "tests/offline/test_object_store.py": "a server and the network; the files are those of the compaction's tests",
     "tests/offline/test_ray.py": "a cluster",
 }
@@ -37,6 +38,8 @@ DAMAGED = ["log", "batch", "model", "snapshot", "state"]
 DESELECTED = {
     "tests/ext/test_infer.py::test_no_byte_is_read_past_the_end": "builds a program with sanitizers of its own",
     "tests/ext/test_infer.py::test_memory_does_not_grow_and_no_garbage_is_tracked": SLOW,
+    "tests/ext/test_onnx.py::test_no_threads_are_started_and_no_memory_is_lost": SLOW,
+    "tests/ext/test_onnx.py::test_the_c_api_is_reached_without_importing_the_package": "a process without the library",
     "tests/ext/test_windows.py::test_no_call_pauses_for_a_millisecond": SLOW,
     "tests/test_engine.py::test_scoring_does_not_leak": SLOW,
     "tests/test_engine.py::test_tables_do_not_leak": SLOW,
