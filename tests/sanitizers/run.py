@@ -29,6 +29,7 @@ LEFT_OUT = {
     "tests/models/test_deployment.py": "child processes and the event loop; the runtimes are tested beside it",
     "tests/models/test_folder.py": "Python alone",
     "tests/models/test_loader.py": "child processes; what they parse is in the tests of each format",
+    "tests/models/test_pipelines.py": "child processes and the event loop; the runtimes are tested beside it",
     "tests/models/test_repository.py": "child processes; what they parse is in the tests of each format",
     "tests/offline/test_object_store.py": "a server and the network; the files are those of the compaction's tests",
     "tests/offline/test_ray.py": "a cluster",
@@ -38,6 +39,7 @@ DESELECTED = {
     "tests/ext/test_infer.py::test_no_byte_is_read_past_the_end": "builds a program with sanitizers of its own",
     "tests/ext/test_infer.py::test_memory_does_not_grow_and_no_garbage_is_tracked": SLOW,
     "tests/ext/test_windows.py::test_no_call_pauses_for_a_millisecond": SLOW,
+    "tests/offline/test_damage.py::test_every_byte_flipped": "two minutes; the damaged files flip bytes too",
     "tests/test_engine.py::test_scoring_does_not_leak": SLOW,
     "tests/test_engine.py::test_tables_do_not_leak": SLOW,
 }
