@@ -29,6 +29,7 @@ LEFT_OUT = {
     "tests/models/test_deployment.py": "child processes and the event loop; the runtimes are tested beside it",
     "tests/models/test_folder.py": "Python alone",
     "tests/models/test_loader.py": "child processes; what they parse is in the tests of each format",
+    "tests/models/test_pipelines.py": "child processes and the event loop; the runtimes are tested beside it",
     "tests/models/test_repository.py": "child processes; what they parse is in the tests of each format",
     "tests/models/test_trial.py": "limits the memory of processes, of which the sanitizer maps terabytes",
     "tests/offline/test_object_store.py": "a server and the network; the files are those of the compaction's tests",
@@ -41,6 +42,7 @@ DESELECTED = {
     "tests/ext/test_onnx.py::test_no_threads_are_started_and_no_memory_is_lost": SLOW,
     "tests/ext/test_onnx.py::test_the_c_api_is_reached_without_importing_the_package": "a process without the library",
     "tests/ext/test_windows.py::test_no_call_pauses_for_a_millisecond": SLOW,
+    "tests/offline/test_damage.py::test_every_byte_flipped": "two minutes; the damaged files flip bytes too",
     "tests/test_engine.py::test_scoring_does_not_leak": SLOW,
     "tests/test_engine.py::test_tables_do_not_leak": SLOW,
 }
