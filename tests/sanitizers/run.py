@@ -32,6 +32,7 @@ LEFT_OUT = {
     "tests/models/test_pipelines.py": "child processes and the event loop; the runtimes are tested beside it",
     "tests/models/test_repository.py": "child processes; what they parse is in the tests of each format",
     "tests/models/test_trial.py": "limits the memory of processes, of which the sanitizer maps terabytes",
+    "tests/offline/test_beside_compaction.py": "child processes and how they end, which hangs under the sanitizer",
     "tests/offline/test_object_store.py": "a server and the network; the files are those of the compaction's tests",
     "tests/offline/test_ray.py": "a cluster",
 }
