@@ -1582,7 +1582,7 @@ OFF_PATH static int64_t newest_at(const ps_store *S, const blob_t *B, int64_t T)
 }
 
 /* The status of a null of an empty window (S9): by the entity's own events and T. */
-static inline int status_of_nothing(const ps_store *S, const blob_t *B, uint32_t group, int64_t T, const ps_event *extra) {
+OFF_PATH static int status_of_nothing(const ps_store *S, const blob_t *B, uint32_t group, int64_t T, const ps_event *extra) {
     int64_t since = T - S->reach[group], newest = B->newest;
     if (extra && extra->event_time <= T && extra->event_time >= since) return PS_NULL_VALUE;
     if (UNLIKELY(newest > T)) newest = newest_at(S, B, T);
@@ -1603,7 +1603,7 @@ OFF_PATH static double wide_sum(ps_store *S, ps_lane *lane, int j) {
 }
 
 /* A step of count, sum, mean, min and max over a float64 column (or events), with nothing after the right edge. */
-static inline void read_plain(ps_store *S, blob_t *B, const step_t *step, int64_t T, int unknown, ps_slot *out,
+static inline void read_plain(ps_store *S, blob_t *B, uint32_t group, const step_t *step, int64_t T, ps_slot *out,
                               uint8_t *status) {
     uint64_t n = *IN(B, uint64_t, step->off_total);
     if (LIKELY(step->off_n)) n = (uint32_t)n - *IN(B, uint32_t, step->off_n);
@@ -1612,7 +1612,7 @@ static inline void read_plain(ps_store *S, blob_t *B, const step_t *step, int64_
         status[step->count] = PS_PRESENT;
     }
     if (!step->off_sum && step->max < 0 && step->min < 0) return;
-    int status_now = n ? PS_PRESENT : unknown;
+    int status_now = LIKELY(n != 0) ? PS_PRESENT : status_of_nothing(S, B, group, T, NULL);
     if (step->off_sum) {
         double sum = ps_bits_double(0x7ff8000000000000ULL), mean = sum;
         int status_sum = status_now;
@@ -1665,7 +1665,7 @@ static inline void read_plain(ps_store *S, blob_t *B, const step_t *step, int64_
 }
 
 /* Any step, at any T, with or without a request event. */
-OFF_PATH static int read_step(ps_store *S, blob_t *B, const step_t *step, int64_t T, const ps_event *extra, int unknown,
+OFF_PATH static int read_step(ps_store *S, blob_t *B, uint32_t group, const step_t *step, int64_t T, const ps_event *extra,
                               int *gathered, ps_slot *out, uint8_t *status, ps_arena *strings) {
     const pair_t *pair = &S->pairs[step->pair];
     const cell_t *cell = &S->cells[pair->cell];
@@ -1711,7 +1711,7 @@ OFF_PATH static int read_step(ps_store *S, blob_t *B, const step_t *step, int64_
             continue;
         }
         if (n == 0) {
-            put_null(slot, st, res->type, unknown);
+            put_null(slot, st, res->type, status_of_nothing(S, B, group, T, extra));
             continue;
         }
         *st = PS_PRESENT;
@@ -1860,8 +1860,8 @@ static int store_read(ps_store *S, ps_handle h, uint32_t group, int64_t T, const
         int error = make_record(S, extra, S->extra, 0);
         if (error) return error;
     }
-    int unknown = status_of_nothing(S, B, group, T, extra);
-    if (UNLIKELY(unknown == PS_NOT_FOUND && S->retention != PS_NO_RETENTION)) B = AT(S, blob_t, S->map->empty);
+    if (UNLIKELY(S->retention != PS_NO_RETENTION) && status_of_nothing(S, B, group, T, extra) == PS_NOT_FOUND)
+        B = AT(S, blob_t, S->map->empty);
     seek(S, B, T);
     int gathered = 0, plain = extra == NULL && B->newest < T + (S->any_left_closed ^ 1);
     if (LIKELY(plain))
@@ -1875,10 +1875,10 @@ static int store_read(ps_store *S, ps_handle h, uint32_t group, int64_t T, const
     for (uint32_t s = S->group_start[group]; s < S->group_start[group + 1]; s++) {
         const step_t *step = &S->steps[s];
         if (LIKELY(step->plain & plain)) {
-            if (!step->only_counts) read_plain(S, B, step, T, unknown, out, status);
+            if (!step->only_counts) read_plain(S, B, group, step, T, out, status);
             continue;
         }
-        int error = read_step(S, B, step, T, extra, unknown, &gathered, out, status, strings);
+        int error = read_step(S, B, group, step, T, extra, &gathered, out, status, strings);
         if (error) return error;
     }
     if (UNLIKELY(S->map->missing))
