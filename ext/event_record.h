@@ -151,6 +151,8 @@ typedef struct {
     uint16_t n_fields;
     const uint8_t *types;    /* ps_type per field */
     const uint8_t *required; /* per field of an event: PS_REQUIRED, PS_REQUIRED_TIME, or 0 where it can be null */
+    const uint16_t *checked; /* the fields of which some present values are none: texts; of an event bools and its time */
+    uint16_t n_checked;
     uint16_t n_actions, n_models, n_failures;
     uint8_t n_reasons, n_experiments;
     uint8_t n_arms[PS_MOST_EXPERIMENTS];
@@ -177,6 +179,19 @@ static inline const char *ps_score_misfit(const ps_record *r, const ps_score *sc
     return NULL;
 }
 
+/* Whether every field of a record is present, without a flag. */
+static inline int ps_all_present(const uint8_t *status, uint32_t n) {
+    uint64_t all = 0x0101010101010101ULL * PS_PRESENT, word, other = 0;
+    uint32_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        memcpy(&word, status + i, 8);
+        other |= word ^ all;
+    }
+    if (i == n) return !other;
+    memcpy(&word, status + i, 8); /* padded to 8 */
+    return !(other | (word ^ all) << 8 * (8 - (n - i)));
+}
+
 /* What is wrong with a record that checks, or NULL: after that its parts, its strings and its indices are within bounds.
  * field: which one it is about, or -1. */
 static inline const char *ps_record_misfit(const ps_record *r, uint64_t offset, const ps_record_schemas *schemas, int *field) {
@@ -200,8 +215,9 @@ static inline const char *ps_record_misfit(const ps_record *r, uint64_t offset, 
     const ps_slot *slots = ps_record_slots(r);
     const uint8_t *status = ps_record_status(r);
     uint64_t room = r->length - fixed, used = 0;
-    for (int i = 0; i < s->n_fields; i++) {
-        int present = (status[i] & 7) == PS_PRESENT;
+    int few = ps_all_present(status, s->n_fields), n = few ? s->n_checked : s->n_fields;
+    for (int k = 0; k < n; k++) {
+        int i = few ? s->checked[k] : k, present = (status[i] & 7) == PS_PRESENT;
         *field = i;
         if (status[i] & 0x18 || (status[i] & 7) > PS_OUTSIDE_MAX_AGE) return "there is no such status";
         if (status[i] & PS_WIDE && (!is_score || s->types[i] != PS_INT64)) return "only an integer of a score can be wide";

@@ -39,6 +39,7 @@ cdef extern from "event_record.h" nogil:
         PS_RECORD_MOST
         PS_ERASED
         PS_RECORD_MISFIT
+        PS_REQUIRED_TIME
         PS_MOST_EXPERIMENTS
         PS_LAST_OUTCOME
 
@@ -59,6 +60,8 @@ cdef extern from "event_record.h" nogil:
         uint16_t n_fields
         const uint8_t *types
         const uint8_t *required
+        const uint16_t *checked
+        uint16_t n_checked
         uint16_t n_actions
         uint16_t n_models
         uint16_t n_failures

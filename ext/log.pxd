@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from penstock._ext.event_record cimport (
     PS_ERASED, PS_MOST_EXPERIMENTS, PS_RECORD_EVENT, PS_RECORD_HEAD, PS_RECORD_MARK, PS_RECORD_MISFIT, PS_RECORD_MOST,
-    PS_RECORD_SCHEMA, PS_RECORD_SCORE, ps_pad8, ps_record, ps_record_check, ps_record_crc, ps_record_fixed,
+    PS_RECORD_SCHEMA, PS_RECORD_SCORE, PS_REQUIRED_TIME, ps_pad8, ps_record, ps_record_check, ps_record_crc, ps_record_fixed,
     ps_record_misfit, ps_record_read, ps_record_resync, ps_record_schema, ps_record_schemas, ps_record_seed,
     ps_record_slots, ps_record_status, ps_record_strings, ps_record_versions, ps_score,
 )

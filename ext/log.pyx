@@ -5,11 +5,12 @@ not check, and a scan says where it stopped and why.
 """
 
 import os
+from array import array
 from collections import namedtuple
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EMSGSIZE
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 from posix.unistd cimport usleep
@@ -291,13 +292,20 @@ cdef class RecordSchemas:
             s = &self.all[i]
             types = bytes([TYPE_CODES[type] for _, type, _ in layout.fields] + [0])
             required = bytes([required for _, _, required in layout.fields] + [0])
-            self.keep.append((types, required))
+            checked = [
+                k for k, (_, type, needed) in enumerate(layout.fields)
+                if type == "string" or not layout.is_score and (type == "bool" or needed == PS_REQUIRED_TIME)
+            ]
+            checked = array("H", checked + [0])
+            self.keep.append((types, required, checked))
             self.fields.append([name for name, _, _ in layout.fields])
             s.is_score = layout.is_score
             s.n_versions = layout.versions
             s.n_fields = len(layout.fields)
             s.types = <const uint8_t *>PyBytes_AS_STRING(types)
             s.required = <const uint8_t *>PyBytes_AS_STRING(required)
+            s.checked = <const uint16_t *><uintptr_t>checked.buffer_info()[0]
+            s.n_checked = len(checked) - 1
             s.n_actions = layout.actions
             s.n_models = layout.models
             s.n_failures = layout.failures

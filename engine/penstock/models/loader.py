@@ -26,6 +26,7 @@ from typing import Any
 
 import msgspec
 
+from ..children import parent_lives
 from .folder import SUFFIXES, ModelError, aliases, is_name, model_file, versions
 from .runtime import Runtime
 from .tree_ensemble import TreePorts
@@ -626,7 +627,7 @@ def _serve(channel: socket.socket, parent: int) -> None:
     child = _Child()
     while True:
         ready, _, _ = select.select([channel], [], [], LOOK_EVERY)
-        if os.getppid() != parent:  # a forked child of the parent may still hold the other end
+        if not parent_lives(parent):  # a forked child of the parent may still hold the other end
             return
         if not ready:
             continue
