@@ -26,6 +26,7 @@ from .definitions.pipeline import Model, OnDemandFeatureView, Pipeline, Rule
 from .errors import DefinitionError
 from .experiments.assignment import compile_experiment
 from .expressions import CompiledExpression, ExpressionError, compile_expression
+from .fingerprint import described, described_function, digest
 from .timestamp import Timestamp
 
 __all__ = [
@@ -255,7 +256,7 @@ def compile_plan(app: ModuleType | Mapping[str, Any], name: str | None = None) -
 def no_app() -> Plan:
     """The plan of a server that has models and no app."""
     return Plan(
-        app="models", events={}, stores=[], views={}, pipelines={}, typed_entities=frozenset(), fingerprint=_digest("")
+        app="models", events={}, stores=[], views={}, pipelines={}, typed_entities=frozenset(), fingerprint=digest("")
     )
 
 
@@ -325,7 +326,7 @@ class _Compiler:
             views=self.views,
             pipelines=pipelines,
             typed_entities=frozenset(e.name for e in self.entities.values() if e.type is not None),
-            fingerprint=_digest(text),
+            fingerprint=digest(text),
         )
 
     # events
@@ -644,22 +645,20 @@ class _PipelineCompiler:
         models, score = self._models(experiments, event)
         degraded = self._degraded()
         rules = self._rules()
-        text = msgspec.json.encode(
-            [
-                [(s.name, s.type) for s in self.slots],
-                features,
-                [(r.view, r.key, self.app.views[r.view].include_request_event) for r in self.reads],
-                [[o.default for o in self.app.views[r.view].outputs] for r in self.reads],
-                [str(self.app.stores[self.app.views[r.view].store].fingerprint) for r in self.reads],
-                [inspect.getsource(f.definition.function) if _has_source(f) else f.name for f in self.functions],
-                [str(e.experiment) for e in experiments],
-                [(m.model.ref, m.model.inputs, m.model.output, m.decides, m.guard) for m in models],
-                [(r.rule.name, r.rule.when, r.rule.action, r.rule.reason) for r in rules],
-                pipeline.default_action,
-                pipeline.fallback,
-                *([pipeline.on_degraded] if pipeline.on_degraded is not None else []),
-            ]
-        )
+        depends = {
+            "slots": [(s.name, s.type) for s in self.slots],
+            "features": features,
+            "reads": [self._described_read(read) for read in self.reads],
+            "functions": [(f.name, described_function(f.definition.function)) for f in self.functions],
+            "experiments": [described(step.experiment) for step in experiments],
+            "models": [{"model": described(m.model), "decides": m.decides, "guard": m.guard} for m in models],
+            "rules": [described(step.rule) for step in rules],
+            "actions": {
+                name: described(getattr(pipeline, name))
+                for name in ("default_action", "fallback", "on_degraded")
+                if getattr(pipeline, name) is not None
+            },
+        }
         return PipelinePlan(
             name=pipeline.name,
             index=self.index,
@@ -676,8 +675,18 @@ class _PipelineCompiler:
             fallback=pipeline.fallback,
             on_degraded=pipeline.on_degraded,
             degraded=degraded,
-            fingerprint=_digest(text.decode()),
+            fingerprint=digest(depends),
         )
+
+    def _described_read(self, read: ViewRead) -> Any:
+        view = self.app.views[read.view]
+        return {
+            "view": read.view,
+            "key": read.key,
+            "state": f"{self.app.stores[view.store].fingerprint:016x}",
+            "request_event": view.include_request_event,
+            "defaults": [output.default for output in view.outputs],
+        }
 
     def _views_used(self, on_demand: list[OnDemandFeatureView]) -> list[ViewPlan]:
         """Views named by the features, by functions' parameters or by rules, in the order of the features first."""
@@ -930,14 +939,6 @@ def _as_model(value: Any) -> Model:
     return value if isinstance(value, Model) else Model(str(value))
 
 
-def _has_source(step: FunctionStep) -> bool:
-    try:
-        inspect.getsource(step.definition.function)
-    except (OSError, TypeError):
-        return False
-    return True
-
-
 def _output_type(function: str, column_type: str) -> str:
     if function in ("count", "distinct_count"):
         return "int64"
@@ -976,7 +977,3 @@ def _store_fingerprint(store: StorePlan, event: EventPlan) -> int:
         *([store.lifetime] if store.lifetime is not None else []),
     ]
     return int.from_bytes(hashlib.blake2b(msgspec.json.encode(layout), digest_size=8).digest(), "little")
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
