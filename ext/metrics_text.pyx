@@ -37,7 +37,9 @@ cdef enum:
 
 
 def labels(**values):
-    """The labels of a sample: `{name="value",...}`."""
+    """The labels of a sample: `{name="value",...}`, "" where it has none."""
+    if not values:
+        return ""
     return "{" + ",".join([f'{name}="{escaped(str(value))}"' for name, value in values.items()]) + "}"
 
 

@@ -37,6 +37,7 @@ from .timestamp import Timestamp
 
 if TYPE_CHECKING:
     from .offline.erasure import ErasureReport
+    from .offline.keeper import KeeperStatus
     from .offline.log_folder import LogFolder
     from .offline.options import LogOptions
     from .offline.recovery import RecoveryReport
@@ -202,6 +203,11 @@ class Engine:
     def keeper_alive(self) -> bool:
         """Whether a child process takes snapshots."""
         return self._keeper is not None and bool(self._keeper.alive)
+
+    @property
+    def keeper_status(self) -> KeeperStatus | None:
+        """What the process that takes snapshots told last; None where there is none, or it has told nothing yet."""
+        return None if self._keeper is None else self._keeper.status()
 
     def sync(self) -> None:
         """Wait until everything that was acknowledged is on disk. Raises LogError where the disk failed."""

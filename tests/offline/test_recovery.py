@@ -3,6 +3,7 @@
 Damage, kills and changed schemas are in test_damage.py, test_crash.py and test_schema_change.py.
 """
 
+import shutil
 import time
 
 import msgspec
@@ -152,6 +153,40 @@ def test_the_keeper_takes_snapshots_and_ends_with_its_parent(tmp_path):
     with Engine(str(SHOP), log=tmp_path / "log", log_options=OPTIONS) as engine:
         assert engine.recovery.snapshot is not None
         assert state(engine) == was
+
+
+def test_the_keeper_tells_what_it_does(tmp_path):
+    options = msgspec.structs.replace(OPTIONS, keeper=True, snapshot_bytes=1)
+    folder = tmp_path / "log"
+    with Engine(str(SHOP), log=folder, log_options=options) as engine:
+        fill(engine, 200)
+
+        def told(holds):
+            deadline = time.monotonic() + 120  # it runs only where nothing else does
+            while engine.keeper_status is None or not holds(engine.keeper_status):
+                assert time.monotonic() < deadline, engine.keeper_status
+                time.sleep(0.05)
+            return engine.keeper_status
+
+        status = told(lambda s: s.rounds == 1)
+        written = next((folder / "snapshots").glob("0*"))
+        assert status.failures == 0
+        assert not status.error
+        assert abs(status.snapshot_created / 1e6 - time.time()) < 60
+        assert status.snapshot_bytes == sum(f.stat().st_size for f in written.iterdir() if f.suffix == ".base")
+        assert status.free > 0
+        # The keeper alone: nothing is appended meanwhile.
+        assert told(lambda s: s.behind == 0).rounds == 1
+    assert engine.keeper_status is None
+    shutil.rmtree(folder / "snapshots")
+    (folder / "snapshots").write_text("no folder")
+    with Engine(str(SHOP), log=folder, log_options=options) as engine:
+        fill(engine, 50)
+        status = told(lambda s: s.failures == 1)
+        assert status.rounds == 1
+        assert "no snapshot" in status.error
+        assert status.snapshot_created is status.snapshot_bytes is None
+        assert status.behind > 0
 
 
 def test_a_keeper_that_was_killed_is_started_again(tmp_path):

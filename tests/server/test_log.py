@@ -180,6 +180,30 @@ def test_metrics_of_the_log(serve):
     assert lines["penstock_log_unsynced_age_seconds"] < 5
     assert lines["penstock_scores_not_logged_total"] == 0
     assert lines["penstock_clock_steps_total"] == 0
+    assert 0 <= lines["penstock_recovery_seconds"] < 20
+    assert abs(time.time() - lines["process_start_time_seconds"]) < 60
+    build = [name for name in lines if name.startswith("penstock_build_info")]
+    assert len(build) == 1
+    assert f'plan="{server.call("/status")["plan"]}"' in build[0]
+
+
+def test_metrics_of_the_keeper(serve, tmp_path):
+    server = serve()
+    server.call("/v1/score/fraud", event(1))
+    # It runs only where nothing else does.
+    until(lambda: server.metrics().get("penstock_snapshot_behind_bytes", 0) > 0, 120)
+    lines = server.metrics()
+    assert lines["penstock_log_free_bytes"] > 1 << 20
+    assert lines["penstock_keeper_rounds_total"] == lines["penstock_keeper_failures_total"] == 0
+    # There is no snapshot: no age and no size, rather than 0.
+    assert "penstock_snapshot_age_seconds" not in lines
+    assert "penstock_snapshot_bytes" not in lines
+    keeper = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    for child in keeper:
+        os.kill(int(child), signal.SIGSTOP)  # nor is what it told known of one that is gone
+        os.kill(int(child), signal.SIGKILL)
+    until(lambda: "penstock_snapshot_behind_bytes" not in server.metrics())
+    until(lambda: "penstock_snapshot_behind_bytes" in server.metrics(), 120)
 
 
 def until(holds, seconds=10.0):

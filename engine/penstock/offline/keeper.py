@@ -30,7 +30,7 @@ from .options import LogOptions
 if TYPE_CHECKING:
     from .log_folder import LogFolder
 
-__all__ = ["Keeper", "main", "one_round", "start_keeper", "take_snapshot"]
+__all__ = ["Keeper", "KeeperStatus", "main", "one_round", "start_keeper", "take_snapshot"]
 
 LOOK_EVERY = 1.0  # seconds between two looks at the folder
 ROUND_LOOK_EVERY = 0.2  # seconds between two looks at a round
@@ -39,11 +39,49 @@ RETRY = 60.0  # seconds after a round that failed
 AT_LEAST = 600.0  # seconds after which a closed segment is worth a round
 
 
+class KeeperStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the keeper tells its parent, once a second where it has changed.
+
+    behind: bytes of records that the newest snapshot does not hold, as far as they are on disk: what a start would
+    replay. free: bytes that the folder's disk has left. rounds, failures: since the keeper was started; error: why the
+    last round failed, "" where it did not. snapshot_created: microseconds since 1970, snapshot_bytes: of its files;
+    None where there is no snapshot, or none that can be read.
+    """
+
+    behind: int
+    free: int
+    rounds: int = 0
+    failures: int = 0
+    error: str = ""
+    snapshot_created: int | None = None
+    snapshot_bytes: int | None = None
+
+
 class Keeper:
     """The keeper as its parent sees it."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
+        self._said = b""
+        self._status: KeeperStatus | None = None
+        if process.stdout is not None:
+            os.set_blocking(process.stdout.fileno(), False)
+            with contextlib.suppress(OSError):  # what was not fetched is soon old: not much of it is kept
+                fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+
+    def status(self) -> KeeperStatus | None:
+        """What the keeper told last, some seconds ago at most, or before the round that is under way; None where it has
+        told nothing yet, or has ended. Never waits."""
+        if self.process.stdout is None or not self.alive:
+            return None
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self.process.stdout.fileno(), 1 << 16):
+                self._said = (self._said + part)[-(1 << 16) :]
+        *lines, self._said = self._said.split(b"\n")
+        if lines:
+            with contextlib.suppress(msgspec.DecodeError):  # the middle of a line, where many were not fetched
+                self._status = msgspec.json.decode(lines[-1], type=KeeperStatus)
+        return self._status
 
     def stop(self, timeout: float = 2.0) -> None:
         """End the keeper; a round under way is ended with it, and leaves nothing behind."""
@@ -56,6 +94,9 @@ class Keeper:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+            self.process.stdout = None
 
     @property
     def alive(self) -> bool:
@@ -71,7 +112,7 @@ def start_keeper(folder: LogFolder, options: LogOptions) -> Keeper:
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         process_group=0,  # a Ctrl-C at the terminal is the parent's to handle
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )
@@ -199,6 +240,56 @@ def _used(path: Path, number: int) -> int:
     return mark.synced if mark is not None else 0
 
 
+class _Position(msgspec.Struct):
+    created: int
+
+
+class _File(msgspec.Struct):
+    path: str
+
+
+class _Store(msgspec.Struct):
+    files: list[_File]
+
+
+class _Manifest(msgspec.Struct):
+    position: _Position
+    stores: dict[str, _Store]
+
+
+class _Snapshot(msgspec.Struct):
+    """What of a snapshot's manifest.json (features/snapshot.py, which needs NumPy) the status tells."""
+
+    manifest: _Manifest
+
+
+def _newest_snapshot(path: Path) -> tuple[int, int] | tuple[None, None]:
+    """When the newest snapshot was made, and the bytes of its files."""
+    snapshots = path / "snapshots"
+    for name in sorted((p.name for p in snapshots.glob("[0-9]*") if p.name[:20].isdigit()), reverse=True):
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            found = msgspec.json.decode((snapshots / name / "manifest.json").read_bytes(), type=_Snapshot).manifest
+            files = {file.path for store in found.stores.values() for file in store.files}
+            return found.position.created, sum((snapshots / file).stat().st_size for file in files)
+    return None, None
+
+
+class _Teller:
+    """Tells the parent what has changed; one that does not listen is not waited for, and may have ended."""
+
+    def __init__(self) -> None:
+        self.told: KeeperStatus | None = None
+        with contextlib.suppress(OSError, ValueError):
+            os.set_blocking(sys.stdout.fileno(), False)
+
+    def tell(self, status: KeeperStatus) -> None:
+        if status == self.told:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            os.write(sys.stdout.fileno(), msgspec.json.encode(status) + b"\n")
+            self.told = status
+
+
 def _has_ended(parent: int, seconds: float) -> bool:
     """Wait so long; whether the parent has ended, or has closed our standard input for us to end."""
     ready, _, _ = select.select([sys.stdin], [], [], seconds)
@@ -213,6 +304,9 @@ def _watch(path: Path, options: LogOptions, parent: int) -> None:
     last_number, last_bytes = None, 0
     grown, closed = 0, False
     next_round = 0.0
+    rounds = failures = 0
+    failed = ""
+    teller, snapshot = _Teller(), _newest_snapshot(path)
     while True:
         if _has_ended(parent, LOOK_EVERY):
             return
@@ -237,6 +331,19 @@ def _watch(path: Path, options: LogOptions, parent: int) -> None:
         if number != last_number and not closed:
             closed, closed_since = True, now
         last_number, last_bytes = number, used
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(path)
+            teller.tell(
+                KeeperStatus(
+                    behind=grown,
+                    free=disk.f_bavail * disk.f_frsize,
+                    rounds=rounds,
+                    failures=failures,
+                    error=failed,
+                    snapshot_created=snapshot[0],
+                    snapshot_bytes=snapshot[1],
+                )
+            )
         if now < next_round or not (grown >= options.snapshot_bytes or (closed and now - closed_since >= AT_LEAST)):
             continue
         command = [sys.executable, "-m", "penstock.offline.keeper", str(path), "--once"]
@@ -251,12 +358,16 @@ def _watch(path: Path, options: LogOptions, parent: int) -> None:
                     process.kill()
                     process.wait()
                     return
+        rounds += 1
+        snapshot = _newest_snapshot(path)
         if process.returncode == 0:
+            failed = ""
             grown, closed = 0, False
             next_round = time.monotonic() + MOST_OFTEN
         else:
-            reason = said.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
-            print(f"penstock: warning: keeper: {reason[0]}", file=sys.stderr, flush=True)
+            failures += 1
+            failed = (said.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"])[0][:1000]
+            print(f"penstock: warning: keeper: {failed}", file=sys.stderr, flush=True)
             next_round = time.monotonic() + RETRY
 
 

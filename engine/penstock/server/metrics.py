@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import resource
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from .._ext.decision import OUTCOMES
 from .._ext.http import HttpServer
 from .._ext.log import STATES
@@ -35,6 +37,7 @@ from .._ext.metrics_text import (
 if TYPE_CHECKING:
     from .._ext.flow import Flow, Lane
     from ..engine import Engine
+    from ..offline.keeper import KeeperStatus
 
 __all__ = ["CONTENT_TYPE", "GcPauses", "Metrics"]
 
@@ -128,6 +131,7 @@ class Metrics:
                 )
             )
         parts += self._process()
+        parts.append(_build(engine))
         self.page = Page(parts)
 
     def answer(self, query: str, body: bytes) -> tuple[int, bytes, bytes]:
@@ -213,7 +217,7 @@ class Metrics:
         ]
 
     def _process(self) -> list[Part]:
-        pauses = self.pauses
+        pauses, began = self.pauses, _start_time()
         return [
             Family(
                 "penstock_gc_collections_total",
@@ -237,6 +241,7 @@ class Metrics:
                         lambda: pauses.longest,
                     ),
                     ("process_cpu_seconds_total", "counter", "User and system time used.", time.process_time),
+                    ("process_start_time_seconds", "gauge", "When the process began, Unix time.", lambda: began),
                     ("process_resident_memory_bytes", "gauge", "Resident memory.", self._resident),
                 ]
             ),
@@ -246,6 +251,28 @@ class Metrics:
         if self._statm < 0:
             return 0
         return int(os.pread(self._statm, 128, 0).split(b" ", 2)[1]) * PAGE
+
+
+def _start_time() -> float:
+    """When this process began, Unix time in seconds: its age by /proc, taken from now; where there is none, now."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            ticks = int(file.read().rsplit(b")", 1)[1].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        age = 0.0
+    return round(time.time() - age, 2)
+
+
+def _build(engine: Engine | None) -> Part:
+    values = (
+        __version__,
+        platform.python_version(),
+        "" if engine is None else engine.plan.app,
+        "" if engine is None else engine.plan.fingerprint,
+    )
+    about = "1; the labels say what runs: Penstock, Python, the app and the fingerprint of its plan."
+    return Family("penstock_build_info", "gauge", about, ("version", "python", "app", "plan"), lambda: [(values, 1)])
 
 
 def _pool(flow: Flow) -> Part:
@@ -369,4 +396,44 @@ def _log(engine: Engine) -> list[Part]:
         return [(float(state == now),) for state in STATES]
 
     state = ("penstock_log_state", "gauge", "1 for the state that the log is in.")
-    return [Table(columns, [""], read), Table([state], [labels(state=name) for name in STATES], states)]
+    return [
+        Table(columns, [""], read),
+        Table([state], [labels(state=name) for name in STATES], states),
+        *_keeper(engine),
+    ]
+
+
+def _keeper(engine: Engine) -> list[Part]:
+    """What the keeper told; a family has no sample where it is not known."""
+
+    def told(name: str, kind: str, about: str, of: Callable[[KeeperStatus], float | None]) -> Part:
+        def read() -> list[tuple[tuple[str, ...], float]]:
+            status = engine.keeper_status
+            value = None if status is None else of(status)
+            return [] if value is None else [((), value)]
+
+        return Family(name, kind, about, (), read)
+
+    def age(status: KeeperStatus) -> float | None:
+        created = status.snapshot_created
+        return None if created is None else max(0.0, time.time() - created / 1e6)
+
+    parts = [
+        told("penstock_snapshot_age_seconds", "gauge", "Age of the newest snapshot.", age),
+        told("penstock_snapshot_bytes", "gauge", "Bytes of its files.", lambda status: status.snapshot_bytes),
+        told(
+            "penstock_snapshot_behind_bytes",
+            "gauge",
+            "Bytes of the log, as far as they are on disk, that a start would replay behind it.",
+            lambda status: status.behind,
+        ),
+        told("penstock_keeper_rounds_total", "counter", "Rounds of the keeper.", lambda status: status.rounds),
+        told("penstock_keeper_failures_total", "counter", "Rounds that failed.", lambda status: status.failures),
+        told("penstock_log_free_bytes", "gauge", "Bytes left on the log's disk.", lambda status: status.free),
+    ]
+    recovery = engine.recovery
+    if recovery is not None:
+        seconds = recovery.seconds
+        about = "How long the start took to bring the state up to the log."
+        parts.append(Numbers([("penstock_recovery_seconds", "gauge", about, lambda: seconds)]))
+    return parts
