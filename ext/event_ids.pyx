@@ -1,4 +1,4 @@
-# event_ids.pyx (control path): Python's view of the table of event ids and of kept decisions, for their owner and tests.
+# event_ids.pyx (control path): Python's view of event ids and of kept decisions, for their owner and for tests.
 #
 # The hot path does not come through here: the engine core calls ids.api with ids.ptr (event_ids.pxd). Neither class is
 # safe to use from two threads at once; the engine holds its lock around every call.

@@ -16,6 +16,7 @@ enum {
     SLOTS = 12,        /* of a line */
     FIRST_BUCKETS = PAGE / 64,
     HAND = 4,          /* entries that a put takes from the old end at most */
+    AHEAD = 8,         /* entries before it is taken, an entry's bucket is fetched */
     MARKS = 64,        /* slices are at least 1/32 of what is remembered, in the mean: 34 are ever needed */
     PIECE = 64 << 10,  /* bytes that go back to the system at once */
 };
@@ -277,13 +278,17 @@ static void trim(ps_ids *T, uint64_t bucket) {
     }
 }
 
+static inline void prefetch_entries(const ps_ids *T, const line_t *l) {
+    for (int i = 0; i < SLOTS && l->entry[i]; i++) __builtin_prefetch(entry_of(T, l, i));
+}
+
 /* One bucket more; without memory the buckets just get longer. */
 static void split(ps_ids *T) {
     uint64_t fresh = T->buckets, from = fresh - T->low, spares = 0;
     line_t *to = line_at(T, fresh), *l;
     for (l = line_at(T, from); l; l = next_line(T, l)) {
         spares++;
-        for (int i = 0; i < SLOTS && l->entry[i]; i++) __builtin_prefetch(entry_of(T, l, i));
+        if (l->next) prefetch_entries(T, spare_at(T, l->next)); /* those of the first line are here */
     }
     if (!stretch_reach(&T->lines, (fresh + 1) * sizeof *to) || !reach_spares(T, spares)) return;
     memset(to, 0, sizeof *to);
@@ -309,6 +314,9 @@ static void split(ps_ids *T) {
     T->buckets++;
     if (T->buckets == 2 * T->low) T->low = T->buckets;
     trim(T, from);
+    l = line_at(T, T->buckets - T->low); /* the next to be split, some puts from now */
+    prefetch_entries(T, l);
+    if (l->next) __builtin_prefetch(spare_at(T, l->next));
 }
 
 /* One bucket less. */
@@ -363,6 +371,8 @@ static void forget_oldest(ps_ids *T) {
     }
     ring_pass(T);
     even_out(T);
+    if (LIKELY(T->held > AHEAD && T->tail < T->places - AHEAD))
+        __builtin_prefetch(line_at(T, bucket_of(T, low_of(place_at(T, T->tail + AHEAD)))));
 }
 
 static uint32_t ids_tend(ps_ids *T, uint32_t n) {
@@ -657,7 +667,8 @@ static const void *keep_get(const ps_keep *K, uint64_t position, uint64_t *n) {
     uint64_t at = unit % K->units * UNIT;
     if (at + UNIT > K->open) return NULL;
     const kept_t *kept = (const kept_t *)(K->ring + at);
-    if (kept->check != (uint32_t)unit || kept->bytes == NOTHING || kept->bytes > (K->head - unit - 1) * UNIT) return NULL;
+    if (kept->check != (uint32_t)unit || kept->bytes == NOTHING) return NULL;
+    if (kept->bytes > (K->head - unit - 1) * UNIT) return NULL;
     *n = kept->bytes;
     return kept + 1;
 }

@@ -75,8 +75,8 @@ void ps_ids_free(ps_ids *);
 /* For tests: NULL, or what is wrong in it. Takes time in proportion to its size. */
 const char *ps_ids_check(const ps_ids *);
 
-/* First decisions where there is no log: the newest ones that fit into `limit` bytes. Each takes 8 bytes beside its own,
- * rounded up to a multiple of 8. Memory comes as it fills. */
+/* First decisions where there is no log: the newest ones that fit into `limit` bytes. Each takes 8 bytes beside its
+ * own, rounded up to a multiple of 8. Memory comes as it fills. */
 typedef struct ps_keep ps_keep;
 
 #define PS_KEEP_LEAST ((uint64_t)64 << 10)
@@ -89,8 +89,8 @@ typedef struct {
 } ps_keep_stats;
 
 typedef struct {
-    /* The bytes' position: above 0, larger each time, below PS_IDS_POSITIONS for 2 PiB. Bytes that do not fit at all, or
-     * for which the system has no memory, get a position where nothing stands. */
+    /* The bytes' position: above 0, larger each time, below PS_IDS_POSITIONS for 2 PiB. Bytes that do not fit at all,
+     * or for which the system has no memory, get a position where nothing stands. */
     uint64_t (*put)(ps_keep *, const void *bytes, uint64_t n);
     const void *(*get)(const ps_keep *, uint64_t position, uint64_t *n); /* valid until the next put; NULL: gone */
     uint64_t (*next)(const ps_keep *); /* positions so far are below it, and those that come are not */

@@ -113,6 +113,16 @@ def per_call(calls: dict[str, Callable[[str], Any]], numbers: Callable[[], Itera
     return best
 
 
+def puts(ids: Any, peer: dict[str, int]) -> dict[str, Callable[[str], Any]]:
+    def ours(text: str) -> None:
+        ids.put(text, 0, IDS)
+
+    def theirs(text: str) -> None:
+        peer[text] = IDS
+
+    return {"ours": ours, "dict": theirs}
+
+
 def run() -> list[dict[str, Any]]:
     gc.disable()
     source = random.Random(1)
@@ -126,20 +136,8 @@ def run() -> list[dict[str, Any]]:
         {"ours": ids.__contains__, "dict": peer.__contains__},
         lambda: source.sample(range(2 * IDS, 3 * IDS), SLICE),
     )
-    at = IDS
-
-    def fresh() -> Iterable[int]:
-        nonlocal at
-        at += SLICE
-        return range(at, at + SLICE)
-
-    def ours_put(text: str) -> None:
-        ids.put(text, 0, IDS)
-
-    def dict_put(text: str) -> None:
-        peer[text] = IDS
-
-    put = per_call({"ours": ours_put, "dict": dict_put}, fresh)
+    starts = iter(range(IDS, 2 * IDS, SLICE))
+    put = per_call(puts(ids, peer), lambda: range(start := next(starts), start + SLICE))
     del ids, peer
     note("pauses")
     pause, dict_pause = longest(one_life), longest(dict_growth)

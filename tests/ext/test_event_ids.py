@@ -97,23 +97,8 @@ def test_a_seed_of_its_own_is_random():
 
 def test_ids_of_different_types_are_different():
     ids = EventIds()
-    given = [
-        "",
-        "\0",
-        "1",
-        1,
-        0,
-        "0",
-        -1,
-        2**63 - 1,
-        -(2**63),
-        "x" * 1_000_000,
-        "x" * 999_999,
-        "é",
-        "e",
-        "\0" * 8,
-        "\0" * 9,
-    ]
+    given = ["", "\0", "1", 1, 0, "0", -1, 2**63 - 1, -(2**63), "é", "e", "\0" * 7, "\0" * 8, "\0" * 9]
+    given += ["x" * 1_000_000, "x" * 999_999]
     for at, id in enumerate(given):
         assert id not in ids
         ids.put(id, 0, at)
@@ -151,9 +136,8 @@ def test_what_is_out_of_range_is_refused():
 # ---- find, put, forget ----
 
 
-IDS = st.one_of(
-    st.integers(-(2**63), 2**63 - 1), st.integers(0, 30), st.text(max_size=20), st.sampled_from(["", "1", 1])
-)
+SOME = st.sampled_from(["", "1", 1])
+IDS = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(0, 30), st.text(max_size=20), SOME)
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("put"), IDS, st.integers(0, 3), st.booleans(), st.integers(0, 3)),
