@@ -7,6 +7,8 @@ import gc
 import os
 import random
 import struct
+import subprocess
+import sys
 import time
 
 import pytest
@@ -464,3 +466,40 @@ def test_memory_of_decisions_comes_as_they_do():
     for limit in (0, LEAST_KEPT - 1, MOST_LIMIT + 1, None):
         with pytest.raises(ValueError, match="limit: expected bytes"):
             KeptDecisions(limit)
+
+
+WITHOUT_MEMORY = """
+import resource
+from penstock._ext.event_ids import EventIds, KeptDecisions
+
+ids, keep = EventIds(bytes(16)), KeptDecisions(64 << 20)
+numbers = list(range(600_000))
+packed = [b"%d" % i * 100_000 for i in range(1000, 1100)]
+positions = [0] * 100
+with open("/proc/self/status") as f:
+    data = next(int(line.split()[1]) << 10 for line in f if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (data + (10 << 20), resource.RLIM_INFINITY))
+for i in range(100):
+    positions[i] = keep.put(packed[i])
+resource.setrlimit(resource.RLIMIT_DATA, (data + (20 << 20), resource.RLIM_INFINITY))
+ids.put_many(numbers, 0, 1)
+resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+stats = ids.stats()
+assert ids.check() is None, ids.check()
+assert stats.forgotten_early > 0 and stats.ids > 100_000, stats
+assert stats.ids + stats.forgotten_early == 600_000, stats
+assert ids.count_known(numbers) == stats.ids
+found = [keep.get(position) for position in positions]
+gone = found.count(None)
+assert 60 < gone < 90 and found[gone:] == packed[gone:], gone
+ids.put_many(numbers, 0, 600_000)
+assert ids.count_known(numbers) == 600_000
+ids.forget_before(1_200_000)
+ids.tend(1_000_000)
+assert ids.check() is None and ids.stats().ids == 0
+"""
+
+
+def test_where_the_system_gives_no_memory_the_oldest_go_and_nothing_fails():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
