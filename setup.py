@@ -43,6 +43,7 @@ C_FILES: dict[str, list[str]] = {
     "spine": [],
     "asof": ["asof_join.c"],
     "snapshot": ["page_delta.c"],
+    "event_ids": ["id_table.c"],
 }
 
 flags = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-unused-function"]

@@ -48,6 +48,8 @@ BARS = {
     "engine.score_single_us": Bar(8.0, 5.0),
     "engine.score_dict_us": Bar(10.0, 7.0),
     "engine.score_batch_us_per_event": Bar(4.0, 2.5),
+    "ids.bytes_per_id": Bar(32.0),
+    "ids.longest_pause_ms": Bar(1.0),
     "split.assign_ns": Bar(500.0),
     "split.assign_batch_ns_per_id": Bar(50.0),
     "log.append_events_per_s": Bar(5e5, least=True),
