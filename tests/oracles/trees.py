@@ -81,7 +81,8 @@ def xgboost_raw(document, x, base_margin):
     """Margins of one row from XGBoost's parsed JSON; base_margin: the intercept, one per output."""
     booster = document["learner"]["gradient_booster"]
     model = booster["gbtree"]["model"] if booster["name"] == "dart" else booster["model"]
-    weights = booster.get("weight_drop", [1.0] * len(model["trees"]))
+    weights = booster.get("weight_drop", model.get("weight_drop", []))  # in the model from XGBoost 3.3 on,
+    weights = weights + [1.0] * (len(model["trees"]) - len(weights))  # and maybe of the first trees alone
     acc = [F32(b) for b in base_margin]
     for tree, group, weight in zip(model["trees"], model["tree_info"], weights):
         at = 0
