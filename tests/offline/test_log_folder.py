@@ -15,16 +15,18 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pyarrow as pa
 import pytest
 
 from oracles.log_app import APP, SECOND, T0, count, open_engine, payment, segment_files, visit
 from oracles.log_files import OUTCOMES, events_of, read_log
 from oracles.make_log_v1 import APP as APP_V1
-from penstock import Engine
+from penstock import Engine, Rule
 from penstock._ext import log as native
 from penstock.errors import LogError
 from penstock.offline.log_folder import LogFolder
+from penstock.offline.parity import parity
 from penstock.offline.recovery import recover_state
 
 TESTS = Path(__file__).parents[1]
@@ -528,3 +530,26 @@ def test_a_log_of_version_1_opens(tmp_path):
         assert engine.core.watermark(0) == T0 + 39 * SECOND
     with open_engine(log, app=APP_V1) as engine:
         assert engine.core.next_sequence == 40
+
+
+def test_the_first_decision_is_repeated_though_the_pipeline_is_another_now(tmp_path):
+    """S16: as long as its words mean the same; the plan, and so parity's comparison, is another."""
+    with open_engine(tmp_path / "log") as engine:
+        decisions = [engine.score(payment(f"p{i}", i), pipeline="pay") for i in range(6)]
+    assert [d.action for d in decisions] == ["approve"] * 3 + ["review"] * 3
+
+    def changed(**rule):
+        rule = {"name": "many", "when": "spend.count_3000d > 3", "action": "review", "reason": "many"} | rule
+        return APP | {"pay": msgspec.structs.replace(APP["pay"], rules=[Rule(**rule)])}
+
+    app = changed(when="spend.count_3000d > 100")
+    with open_engine(tmp_path / "log", app=app) as engine:
+        again = [engine.score(payment(f"p{i}", i), pipeline="pay") for i in range(6)]
+        assert [(d.outcome, d.id, d.action) for d in again] == [("duplicate", d.id, d.action) for d in decisions]
+        assert engine.score(payment("p6", 6), pipeline="pay").action == "approve"
+    assert parity(app, tmp_path / "log").pipelines[0].other_plans == 6
+    # Other words: it is decided anew, and not applied again.
+    with open_engine(tmp_path / "log", app=changed(action="decline")) as engine:
+        anew = engine.score(payment("p5", 5), pipeline="pay")
+        assert (anew.outcome, anew.action) == ("duplicate", "decline")
+        assert anew.id != decisions[5].id

@@ -158,7 +158,7 @@ def _know_models(engine: Engine, schemas: list[Any]) -> None:
         return
     for schema in schemas:
         plan = engine.plan.pipelines.get(schema.pipeline) if isinstance(schema, ScoreSchema) else None
-        if plan is not None and plan.fingerprint == schema.fingerprint:
+        if plan is not None:
             for name, version in schema.models:
                 engine.core.pipes[plan.index].know_model(name, version)
 

@@ -284,7 +284,8 @@ def score_mapping(
 
     models: (name, version) of the pipeline's models, in the order of its decisions' numbers; None: they do not run.
     running: what it runs, where that is known. Decisions are compared where the same files ran. words: the pipeline's
-    decision texts; a recorded decision is repeated only in the words that it was made in.
+    decision texts; a recorded decision is repeated (S16) in the words that it was made in, though the plan is another
+    now or its fingerprint was made in another way; without them it takes the same plan.
     begins: per event type the time before which history was dropped: a value whose window reaches further back is not
     compared.
     """
@@ -304,7 +305,8 @@ def score_mapping(
         keys.append(key_of.get(name, -1))
     numbers = {(name, version): i for i, (name, version) in enumerate(models or [])}
     then = [schema.models[i] for i in schema.running if i < len(schema.models)]
-    same_words = schema.fingerprint == pipeline.fingerprint and models is not None
+    same_plan = schema.fingerprint == pipeline.fingerprint
+    same_words = models is not None and (same_plan or words is not None)
     if words is not None:
         # Reasons of failures grow behind those of functions and models: a record means the first of them.
         failures = (*words.failures[: len(schema.failures)],)
@@ -320,7 +322,7 @@ def score_mapping(
         same = same and (not schema.digests or not all(digests) or schema.digests == digests)
     else:
         same = [tuple(m) for m in schema.models] == [tuple(m) for m in models or []]
-    same = same and same_words
+    same = same and same_words and same_plan
     strings = [int(kind == "string") for _, kind in schema.values]
     since = _since(schema, plan, pipeline, begins) if begins else None
     if schema.semantics < SEMANTICS:
