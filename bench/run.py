@@ -44,7 +44,7 @@ GROUPS = {
     "split": Group("micro.split", True, 60),
     "expressions": Group("micro.expressions", True, 60),
     "windows": Group("micro.windows", True, 180),
-    "ids": Group("micro.ids", True, 360),
+    "ids": Group("micro.ids", True, 360, asked=True),
     "engine": Group("micro.engine", True, 120),
     "log": Group("micro.log", True, 200),
     "pit": Group("micro.pit", True, 240),
