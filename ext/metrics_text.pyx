@@ -37,9 +37,7 @@ cdef enum:
 
 
 def labels(**values):
-    """The labels of a sample: `{name="value",...}`, "" where it has none."""
-    if not values:
-        return ""
+    """The labels of a sample: `{name="value",...}`."""
     return "{" + ",".join([f'{name}="{escaped(str(value))}"' for name, value in values.items()]) + "}"
 
 

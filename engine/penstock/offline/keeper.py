@@ -213,12 +213,18 @@ def _numbers(path: Path) -> list[int]:
     return sorted(int(name[:12]) for name in os.listdir(path / "segments") if name.endswith(".log"))
 
 
+def _snapshots(path: Path) -> list[Path]:
+    """Folders of the snapshots, newest first."""
+    found = (p for p in (path / "snapshots").glob("[0-9]*") if p.name[:20].isdigit())
+    return sorted(found, key=lambda p: p.name, reverse=True)
+
+
 def _waiting(path: Path) -> int:
     """Bytes of segments that began behind the newest snapshot: what a start would replay."""
     from .._ext.log import segment_head
 
-    snapshots = [int(p.name[:20]) for p in (path / "snapshots").glob("[0-9]*") if p.name[:20].isdigit()]
-    newest, total = max(snapshots, default=-1), 0
+    snapshots = _snapshots(path)
+    newest, total = int(snapshots[0].name[:20]) if snapshots else -1, 0
     for number in _numbers(path)[:-1]:
         file = path / "segments" / f"{number:012d}.log"
         with file.open("rb") as stream:
@@ -265,12 +271,11 @@ class _Snapshot(msgspec.Struct):
 
 def _newest_snapshot(path: Path) -> tuple[int, int] | tuple[None, None]:
     """When the newest snapshot was made, and the bytes of its files."""
-    snapshots = path / "snapshots"
-    for name in sorted((p.name for p in snapshots.glob("[0-9]*") if p.name[:20].isdigit()), reverse=True):
+    for folder in _snapshots(path):
         with contextlib.suppress(OSError, msgspec.DecodeError):
-            found = msgspec.json.decode((snapshots / name / "manifest.json").read_bytes(), type=_Snapshot).manifest
+            found = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=_Snapshot).manifest
             files = {file.path for store in found.stores.values() for file in store.files}
-            return found.position.created, sum((snapshots / file).stat().st_size for file in files)
+            return found.position.created, sum((folder.parent / file).stat().st_size for file in files)
     return None, None
 
 

@@ -37,7 +37,6 @@ from .._ext.metrics_text import (
 if TYPE_CHECKING:
     from .._ext.flow import Flow, Lane
     from ..engine import Engine
-    from ..offline.keeper import KeeperStatus
 
 __all__ = ["CONTENT_TYPE", "GcPauses", "Metrics"]
 
@@ -405,32 +404,28 @@ def _log(engine: Engine) -> list[Part]:
 
 def _keeper(engine: Engine) -> list[Part]:
     """What the keeper told; a family has no sample where it is not known."""
-
-    def told(name: str, kind: str, about: str, of: Callable[[KeeperStatus], float | None]) -> Part:
-        def read() -> list[tuple[tuple[str, ...], float]]:
-            status = engine.keeper_status
-            value = None if status is None else of(status)
-            return [] if value is None else [((), value)]
-
-        return Family(name, kind, about, (), read)
-
-    def age(status: KeeperStatus) -> float | None:
-        created = status.snapshot_created
-        return None if created is None else max(0.0, time.time() - created / 1e6)
-
-    parts = [
-        told("penstock_snapshot_age_seconds", "gauge", "Age of the newest snapshot.", age),
-        told("penstock_snapshot_bytes", "gauge", "Bytes of its files.", lambda status: status.snapshot_bytes),
-        told(
-            "penstock_snapshot_behind_bytes",
-            "gauge",
-            "Bytes of the log, as far as they are on disk, that a start would replay behind it.",
-            lambda status: status.behind,
-        ),
-        told("penstock_keeper_rounds_total", "counter", "Rounds of the keeper.", lambda status: status.rounds),
-        told("penstock_keeper_failures_total", "counter", "Rounds that failed.", lambda status: status.failures),
-        told("penstock_log_free_bytes", "gauge", "Bytes left on the log's disk.", lambda status: status.free),
+    told = [
+        ("penstock_snapshot_behind_bytes", "gauge", "Bytes of the log on disk that a start would replay behind it."),
+        ("penstock_keeper_rounds_total", "counter", "Rounds of the keeper."),
+        ("penstock_keeper_failures_total", "counter", "Rounds that failed."),
+        ("penstock_log_free_bytes", "gauge", "Bytes left on the log's disk."),
     ]
+    newest = [
+        ("penstock_snapshot_age_seconds", "gauge", "Age of the newest snapshot."),
+        ("penstock_snapshot_bytes", "gauge", "Bytes of its files."),
+    ]
+
+    def snapshot() -> list[tuple[float, ...]]:
+        status = engine.keeper_status
+        if status is None or status.snapshot_created is None or status.snapshot_bytes is None:
+            return []
+        return [(max(0.0, time.time() - status.snapshot_created / 1e6), status.snapshot_bytes)]
+
+    def keeper() -> list[tuple[float, ...]]:
+        status = engine.keeper_status
+        return [] if status is None else [(status.behind, status.rounds, status.failures, status.free)]
+
+    parts: list[Part] = [Table(newest, [""], snapshot), Table(told, [""], keeper)]
     recovery = engine.recovery
     if recovery is not None:
         seconds = recovery.seconds
