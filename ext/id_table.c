@@ -108,7 +108,8 @@ static int stretch_reach(stretch_t *s, uint64_t bytes) {
     if (LIKELY(bytes <= s->top)) return 1;
     if (UNLIKELY(bytes > s->open)) {
         uint64_t to = (bytes + BLOCK - 1) & ~(uint64_t)(BLOCK - 1);
-        if (to > s->reserved || !open_block(s->base + s->open, to - s->open)) return 0;
+        if (to > s->reserved) to = s->reserved;
+        if (bytes > to || !open_block(s->base + s->open, to - s->open)) return 0;
         s->open = to;
     }
     s->top = pages(bytes);
@@ -603,7 +604,7 @@ const char *ps_ids_check(const ps_ids *T) {
 /* The ring is addressed by how many units were ever written: unit u stands at u modulo its size, and has been written
  * over once `head` is a whole ring beyond it. A record does not go round the end: what is left there is skipped. */
 
-enum { UNIT = 8, CHUNK = 1 << 20 };
+enum { UNIT = 8 };
 
 typedef struct {
     uint32_t bytes; /* NOTHING: only a position */
@@ -613,10 +614,9 @@ typedef struct {
 #define NOTHING UINT32_MAX
 
 struct ps_keep {
-    char *ring;
+    stretch_t ring;
     uint64_t units; /* of the ring */
     uint64_t head;  /* units ever written, or skipped */
-    uint64_t open, top, mapped;
     uint64_t kept, limit;
 };
 
@@ -629,34 +629,23 @@ static uint64_t keep_take(ps_keep *K, uint64_t n) {
     return unit;
 }
 
-static int keep_reach(ps_keep *K, uint64_t bytes) {
-    if (bytes > K->open) {
-        uint64_t to = (bytes + CHUNK - 1) & ~(uint64_t)(CHUNK - 1);
-        if (to > K->mapped) to = K->mapped;
-        if (!open_block(K->ring + K->open, to - K->open)) return 0;
-        K->open = to;
-    }
-    if (bytes > K->top) K->top = pages(bytes);
-    return 1;
-}
-
 static uint64_t keep_put(ps_keep *K, const void *bytes, uint64_t n) {
     for (;;) {
         uint64_t units = 1 + (n + UNIT - 1) / UNIT, head = K->head;
         int fits = n < NOTHING && units <= K->units;
         if (!fits) units = 1;
         uint64_t unit = keep_take(K, units), at = unit % K->units;
-        if (LIKELY(keep_reach(K, (at + units) * UNIT))) {
-            kept_t *kept = (kept_t *)(K->ring + at * UNIT);
+        if (LIKELY(stretch_reach(&K->ring, (at + units) * UNIT))) {
+            kept_t *kept = (kept_t *)(K->ring.base + at * UNIT);
             kept->bytes = fits ? (uint32_t)n : NOTHING;
             kept->check = (uint32_t)unit;
             if (fits && n) memcpy(kept + 1, bytes, n);
             K->kept++;
             return unit + 1;
         }
-        if (!K->open) return unit + 1;
+        if (!K->ring.open) return unit + 1;
         /* The system gives no more memory, so this is the first time round: the ring stays at the size it has. */
-        K->units = K->open / UNIT;
+        K->units = K->ring.open / UNIT;
         K->head = head;
     }
 }
@@ -665,8 +654,8 @@ static const void *keep_get(const ps_keep *K, uint64_t position, uint64_t *n) {
     uint64_t unit = position - 1; /* position 0: beyond head */
     if (unit >= K->head || K->head - unit > K->units) return NULL;
     uint64_t at = unit % K->units * UNIT;
-    if (at + UNIT > K->open) return NULL;
-    const kept_t *kept = (const kept_t *)(K->ring + at);
+    if (at + UNIT > K->ring.open) return NULL;
+    const kept_t *kept = (const kept_t *)(K->ring.base + at);
     if (kept->check != (uint32_t)unit || kept->bytes == NOTHING) return NULL;
     if (kept->bytes > (K->head - unit - 1) * UNIT) return NULL;
     *n = kept->bytes;
@@ -677,7 +666,7 @@ static uint64_t keep_next(const ps_keep *K) { return K->head + 1; }
 
 static void keep_stats(const ps_keep *K, ps_keep_stats *to) {
     to->kept = K->kept;
-    to->bytes = K->top + K->top / (PAGE / 8) + sizeof *K;
+    to->bytes = K->ring.top + K->ring.top / (PAGE / 8) + sizeof *K;
     to->limit = K->limit;
     to->oldest = K->head > K->units ? K->head - K->units + 1 : 0;
 }
@@ -686,10 +675,10 @@ ps_keep *ps_keep_create(uint64_t limit) {
     ps_keep *K = calloc(1, sizeof *K);
     if (!K) return NULL;
     K->limit = limit;
-    K->mapped = (limit - limit / (PAGE / 8) - sizeof *K) & ~(uint64_t)(PAGE - 1);
-    K->units = K->mapped / UNIT;
-    K->ring = reserve(K->mapped);
-    if (!K->ring) {
+    K->ring.reserved = (limit - limit / (PAGE / 8) - sizeof *K) & ~(uint64_t)(PAGE - 1);
+    K->units = K->ring.reserved / UNIT;
+    K->ring.base = reserve(K->ring.reserved);
+    if (!K->ring.base) {
         free(K);
         return NULL;
     }
@@ -698,7 +687,7 @@ ps_keep *ps_keep_create(uint64_t limit) {
 
 void ps_keep_free(ps_keep *K) {
     if (!K) return;
-    munmap(K->ring, K->mapped);
+    munmap(K->ring.base, K->ring.reserved);
     free(K);
 }
 
